@@ -1,0 +1,1 @@
+"""What was measured: microbenchmarks on real devices; imported as `moesim_kernels`."""
