@@ -47,12 +47,12 @@ class Placement:
     @property
     def n_layers(self) -> int:
         """Number of MoE layers."""
-        return self.physical_to_logical_map.shape[0]
+        return int(self.physical_to_logical_map.shape[0])
 
     @property
     def n_slots(self) -> int:
         """Physical slots of a layer over all ranks."""
-        return self.physical_to_logical_map.shape[1]
+        return int(self.physical_to_logical_map.shape[1])
 
     @property
     def slots_per_rank(self) -> int:
@@ -100,10 +100,12 @@ def rank_loads(
     """
     share = tokens_per_expert / replica_counts(placement)
     on_slot = np.take_along_axis(share, placement.physical_to_logical_map.astype(np.int64), axis=1)
-    return on_slot.reshape(placement.n_layers, placement.n_ranks, -1).sum(axis=2)
+    by_rank = on_slot.reshape(placement.n_layers, placement.n_ranks, -1)
+    return np.asarray(by_rank.sum(axis=2))
 
 
 def max_over_mean(loads: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """float64[moe_layers]: busiest rank over the mean; 1.0 for a layer without load."""
     mean = loads.mean(axis=1)
-    return np.divide(loads.max(axis=1), mean, out=np.ones_like(mean), where=mean > 0)
+    ratio = np.divide(loads.max(axis=1), mean, out=np.ones_like(mean), where=mean > 0)
+    return np.asarray(ratio)
