@@ -27,7 +27,12 @@ class Device:
 
     flop_per_s  by operand dtype: "fp32", "tf32", "bf16", "fp16", "fp8", "int8", "fp4", "int4"
     link        name of the device-to-device link in the catalogue, "" for none
+    link_bytes_per_s, host_link_bytes_per_s, tdp_w, usd_per_hour  0 when not known or none
+    launch_s    period of kernels launched in a graph, back to back
     figures     every catalogue figure by key, for the reader ("memory.bandwidth", ...)
+    devices_per_node  devices in one scale-up domain, unless a system says otherwise
+    scale_out   name of the link to other nodes in the catalogue
+    link_devices  how many devices the link joins (a bridge: 2), 0 for all of a node
     """
 
     name: str
@@ -45,6 +50,9 @@ class Device:
     launch_s: float
     aliases: tuple[str, ...] = ()
     figures: Mapping[str, Figure] | None = None
+    devices_per_node: int = 8
+    scale_out: str = "infiniband-ndr"
+    link_devices: int = 0
 
     def __post_init__(self) -> None:
         for field in ("memory_bytes", "memory_bytes_per_s"):

@@ -139,14 +139,17 @@ def expected_dispatch(
     tokens_per_rank  tokens that start on every rank
     returns          DispatchCounts of expectations, expected=True, no steps axis
 
-    Assumes that every rank's tokens follow the same popularity; that tokens are independent; that
-    a group is open with chance q_g, in proportion to its popularity, capped at 1, summing to
-    topk_groups, independently of other groups; that inside open groups experts are drawn
-    independently with chance x_e / q_g, where x_e = top_k * popularity, capped; and that each
-    replica is equally likely ("even"). Then a token reaches rank r with chance
-    1 - prod_g (1 - q_g (1 - prod_{e of g on r} (1 - x_e / q_g))), and a slot with chance y has a
-    token with chance 1 - (1 - y)^n. Real routing is correlated, so this is an estimate; with few
-    experts (8) independent draws reach up to a seventh fewer devices than top_k distinct ones do.
+    Assumes that every rank's tokens follow the same popularity, that tokens are independent, and
+    that each replica of an expert is equally likely ("even"). x_e = top_k * popularity, capped at
+    1, is the chance of an expert. A slot with chance y gets a token with chance 1 - (1 - y)^n.
+
+    Without groups a token's choices are independent but for being top_k in number. With groups a
+    group is open with chance q_g (in proportion to its popularity, capped, summing to
+    topk_groups), independently of the others; inside open groups experts are drawn independently
+    with chance x_e / q_g. Then a token reaches rank r with chance
+    1 - prod_g (1 - q_g (1 - prod_{e of g on r} (1 - x_e / q_g))).
+
+    Real routing is correlated, across experts and in time, so all of this is an estimate.
     """
     from planners.dispatch_kernel import expected_counts
 
@@ -157,8 +160,9 @@ def expected_dispatch(
     shape = (placement.n_ranks, placement.slots_per_rank, placement.ranks_per_node)
     physical = np.ascontiguousarray(placement.physical_to_logical_map)
     code = _code(MODES, mode, "mode")
+    router = (routing.top_k, _is_fixed(routing, placement))
     expected_counts(
-        physical, inclusion, opening, shape, code, float(tokens_per_rank), slot_tokens, out
+        physical, inclusion, opening, shape, code, router, float(tokens_per_rank), slot_tokens, out
     )
     n_tokens = float(tokens_per_rank) * placement.n_ranks
     return _assemble(slot_tokens, out, n_tokens, True)
@@ -234,6 +238,12 @@ def local_choice(placement: Placement) -> npt.NDArray[np.int32]:
     choice = np.zeros((placement.n_layers, placement.n_ranks, placement.n_experts), dtype=np.int32)
     choose_local(start, slot, placement.slots_per_rank, placement.ranks_per_node, choice)
     return choice
+
+
+def _is_fixed(routing: Routing, placement: Placement) -> bool:
+    """Whether the number of choices is held at top_k: no closed groups, and e_k within float64."""
+    all_open = routing.n_groups == routing.topk_groups
+    return all_open and routing.top_k < placement.n_experts and routing.top_k <= 40
 
 
 def _code(table: Mapping[str, int], name: str, field: str) -> int:

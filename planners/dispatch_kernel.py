@@ -10,6 +10,8 @@ TOKENS, DISTINCT, UP_SEND, UP_RECV, OUT_SEND, OUT_RECV = range(6)
 DEVICE, EXPERT, NODE = range(3)
 EVEN, LOCAL = range(2)
 BLOCK = 256  # tokens whose choices at all layers fit the second cache
+MIX = 2654435761  # golden ratio * 2^32 (Knuth): scrambles the first row of a step
+MOST_ODDS = 1e6  # of an expert that every token chooses
 
 Int16s = npt.NDArray[np.int16]
 Int32s = npt.NDArray[np.int32]
@@ -34,8 +36,8 @@ def count_steps(
     Tokens go by in blocks that fit the cache, layer by layer within a block, so that a layer's
     counters stay in the nearest cache. `last_*` arrays hold the stamp of the last token (or step)
     that touched an entry, so nothing needs clearing. Under "even" the j-th choice of expert e in
-    layer l takes replica (e + l + first row of the step + j) mod n, which staggers experts,
-    layers and steps.
+    layer l takes replica (e + l + mixed + j) mod n, where mixed scrambles the first row of the
+    step: so experts, layers and steps are staggered, and a step's counts depend on itself alone.
     """
     start, replica_slot = table
     n_ranks, per_rank, per_node = shape
@@ -52,10 +54,11 @@ def count_steps(
     stamp = 0
     for step in range(n_steps):
         if modes[1] == EVEN and n_tokens > 0:
+            mixed = ((rows[step, 0] * MIX) & 0xFFFFFFFF) >> 15
             for layer in range(n_layers):
                 for expert in range(n_experts):
                     n = start[layer, expert + 1] - start[layer, expert]
-                    turn[layer, expert] = (expert + layer + rows[step, 0]) % n
+                    turn[layer, expert] = (expert + layer + mixed) % n
         for low in range(0, n_tokens, BLOCK):
             high = min(low + BLOCK, n_tokens)
             for layer in range(n_layers):
@@ -181,12 +184,12 @@ def choose_local(
 
 
 @numba.njit(cache=True)  # type: ignore[untyped-decorator]
-def _reach(
+def _reach_groups(
     slots: Int32s, chance: Floats, opening: Floats, missed: Floats, scratch: Floats
 ) -> float:
-    """Chance that a token reaches the unit (rank or node) that holds these slots.
+    """Chance that a token reaches the unit (rank or node) of these slots, groups being limited.
 
-    slots    experts in the unit's slots; chance float64[experts] of one replica of each
+    chance   float64[experts] of one replica of each expert; opening float64[groups]
     missed   float64[groups] workspace; scratch float64[experts] workspace, zero before and after
     """
     n_groups = len(opening)
@@ -206,35 +209,113 @@ def _reach(
 
 
 @numba.njit(cache=True)  # type: ignore[untyped-decorator]
+def _times(series: Floats, weight: float) -> None:
+    """Multiply a truncated power series by (1 + weight z)."""
+    for i in range(len(series) - 1, 0, -1):
+        series[i] += weight * series[i - 1]
+
+
+@numba.njit(cache=True)  # type: ignore[untyped-decorator]
+def _reach_fixed(
+    slots: Int32s, replicas: Int64s, odds: Floats, every: Floats, work: tuple[Floats, Floats]
+) -> float:
+    """Chance that a token with exactly top_k experts reaches the unit of these slots.
+
+    Choices are independent given their number (conditional Poisson): the share of weight in
+    e_k, the elementary symmetric polynomial of the odds, that avoids the unit. An expert with a
+    share f of its replicas in the unit keeps odds * (1 - f). Factors are divided out of the
+    whole product where that is stable (odds <= 1); else the product is formed anew.
+
+    every  float64[top_k + 1] product of (1 + odds z) over all experts, truncated
+    work   float64[top_k + 1], and float64[experts] that is zero before and after
+    """
+    series, held = work
+    series[:] = every
+    is_stable = True
+    for expert in slots:
+        held[expert] += 1.0
+    for expert in slots:
+        is_stable = is_stable and odds[expert] <= 1.0
+    if is_stable:
+        for expert in slots:
+            if held[expert] > 0.0:
+                for i in range(1, len(series)):
+                    series[i] -= odds[expert] * series[i - 1]
+                _times(series, odds[expert] * (1.0 - held[expert] / replicas[expert]))
+                held[expert] = 0.0
+    else:
+        series[:] = 0.0
+        series[0] = 1.0
+        for expert in range(len(odds)):
+            share = held[expert] / replicas[expert]
+            _times(series, odds[expert] * (1.0 - share))
+            held[expert] = 0.0
+    return float(min(1.0, max(0.0, 1.0 - series[-1] / every[-1])))
+
+
+@numba.njit(cache=True)  # type: ignore[untyped-decorator]
+def _reaches(
+    slots: Int32s,
+    n_units: int,
+    layer_chances: tuple[Int64s, Floats, Floats, Floats, Floats],
+    is_fixed: bool,
+    work: tuple[Floats, Floats, Floats],
+    reach: Floats,
+) -> None:
+    """Fill reach [units] for the units that hold equal consecutive parts of a layer's slots."""
+    replicas, chance, opening, odds, every = layer_chances
+    series, scratch, missed = work
+    width = len(slots) // n_units
+    for unit in range(n_units):
+        part = slots[unit * width : (unit + 1) * width]
+        if is_fixed:
+            reach[unit] = _reach_fixed(part, replicas, odds, every, (series, scratch))
+        else:
+            reach[unit] = _reach_groups(part, chance, opening, missed, scratch)
+
+
+@numba.njit(cache=True)  # type: ignore[untyped-decorator]
 def expected_counts(
     physical: Int32s,
     inclusion: Floats,
     opening: Floats,
     shape: tuple[int, int, int],
     mode: int,
+    router: tuple[int, bool],
     tokens_per_rank: float,
     slot_tokens: Floats,
     out: Floats,
 ) -> None:
-    """Fill slot_tokens [layers, slots] and out [6, layers, ranks] with expectations."""
+    """Fill slot_tokens [layers, slots] and out [6, layers, ranks] with expectations.
+
+    router  (top_k, whether a token's choices are taken to be exactly top_k)
+    """
     n_ranks, per_rank, per_node = shape
+    top_k, is_fixed = router
     n_layers, n_slots = physical.shape
     n_experts = inclusion.shape[1]
     n_nodes = n_ranks // per_node
     total = tokens_per_rank * n_ranks
     replicas = np.zeros(n_experts, dtype=np.int64)
-    chance = np.zeros(n_experts)
-    scratch = np.zeros(n_experts)
-    missed = np.zeros(opening.shape[1])
-    reach = np.zeros(n_ranks)
+    chance, odds = np.zeros(n_experts), np.zeros(n_experts)
+    series, every = np.zeros(top_k + 1), np.zeros(top_k + 1)
+    work = (series, np.zeros(n_experts), np.zeros(opening.shape[1]))
+    reach, entered = np.zeros(n_ranks), np.zeros(n_nodes)
     for layer in range(n_layers):
+        slots = physical[layer]
         replicas[:] = 0
-        for slot in range(n_slots):
-            replicas[physical[layer, slot]] += 1
+        for expert in slots:
+            replicas[expert] += 1
+        every[:] = 0.0
+        every[0] = 1.0
         for expert in range(n_experts):
-            chance[expert] = inclusion[layer, expert] / replicas[expert]
+            x = inclusion[layer, expert]
+            chance[expert] = x / replicas[expert]
+            odds[expert] = min(x / max(1.0 - x, 1e-300), MOST_ODDS)
+            if is_fixed:
+                _times(every, odds[expert])
         for slot in range(n_slots):
-            y = chance[physical[layer, slot]]
+            y = chance[slots[slot]]
             rank = slot // per_rank
             slot_tokens[layer, slot] = total * y
             out[TOKENS, layer, rank] += total * y
@@ -242,38 +323,38 @@ def expected_counts(
                 out[DISTINCT, layer, rank] -= np.expm1(total * np.log1p(-y))
             elif total > 0.0:
                 out[DISTINCT, layer, rank] += 1.0
-        everywhere = 0.0
-        for rank in range(n_ranks):
-            slots = physical[layer, rank * per_rank : (rank + 1) * per_rank]
-            if mode == EXPERT:
-                reach[rank] = 0.0
-                for expert in slots:
-                    reach[rank] += chance[expert]
-            else:
-                reach[rank] = _reach(slots, chance, opening[layer], missed, scratch)
-            everywhere += reach[rank]
-        out_total = 0.0
-        if mode == NODE and n_nodes > 1:
-            for node in range(n_nodes):
-                low = node * per_node * per_rank
-                slots = physical[layer, low : low + per_node * per_rank]
-                entered = _reach(slots, chance, opening[layer], missed, scratch)
-                out_total += entered
-                for rank in range(node * per_node, (node + 1) * per_node):
-                    out[OUT_RECV, layer, rank] = tokens_per_rank * (n_nodes - 1) * entered
-                    out[OUT_SEND, layer, rank] = -tokens_per_rank * entered
+        chances = (replicas, chance, opening[layer], odds, every)
+        if mode == EXPERT:
             for rank in range(n_ranks):
-                out[OUT_SEND, layer, rank] += tokens_per_rank * out_total
-        for node in range(n_nodes):
-            inside = 0.0
-            for rank in range(node * per_node, (node + 1) * per_node):
-                inside += reach[rank]
-            for rank in range(node * per_node, (node + 1) * per_node):
-                sources = n_nodes if mode == NODE else 1
-                out[UP_SEND, layer, rank] = tokens_per_rank * sources * (inside - reach[rank])
-                out[UP_RECV, layer, rank] = tokens_per_rank * sources * (per_node - 1) * reach[rank]
-                if mode != NODE:
-                    out[OUT_SEND, layer, rank] = tokens_per_rank * (everywhere - inside)
-                    out[OUT_RECV, layer, rank] = (
-                        tokens_per_rank * (n_ranks - per_node) * reach[rank]
-                    )
+                reach[rank] = chance[slots[rank * per_rank : (rank + 1) * per_rank]].sum()
+        else:
+            _reaches(slots, n_ranks, chances, is_fixed, work, reach)
+        if mode == NODE:
+            _reaches(slots, n_nodes, chances, is_fixed, work, entered)
+        _copies((n_ranks, per_node, mode), tokens_per_rank, reach, entered, out[:, layer])
+
+
+@numba.njit(cache=True)  # type: ignore[untyped-decorator]
+def _copies(
+    shape: tuple[int, int, int],
+    tokens_per_rank: float,
+    reach: Floats,
+    entered: Floats,
+    out: Floats,
+) -> None:
+    """Fill the four copy rows of out [6, ranks] from the chances to reach ranks and nodes."""
+    n_ranks, per_node, mode = shape
+    n_nodes = n_ranks // per_node
+    for rank in range(n_ranks):
+        node = rank // per_node
+        inside = reach[node * per_node : (node + 1) * per_node].sum()
+        if mode == NODE:  # every token that enters the node is handed on inside it
+            handed_on = tokens_per_rank * n_nodes
+            out[OUT_SEND, rank] = tokens_per_rank * (entered.sum() - entered[node])
+            out[OUT_RECV, rank] = tokens_per_rank * (n_nodes - 1) * entered[node]
+        else:
+            handed_on = tokens_per_rank
+            out[OUT_SEND, rank] = tokens_per_rank * (reach.sum() - inside)
+            out[OUT_RECV, rank] = tokens_per_rank * (n_ranks - per_node) * reach[rank]
+        out[UP_SEND, rank] = handed_on * (inside - reach[rank])
+        out[UP_RECV, rank] = handed_on * (per_node - 1) * reach[rank]

@@ -97,17 +97,21 @@ def experts_by_node(node_of_group: IntArray, n_experts: int, n_nodes: int) -> In
     return order.reshape(n_layers, n_nodes, -1).astype(np.int32)
 
 
-def fill_nodes(load: FloatArray, experts: IntArray, shape: Shape) -> IntArray:
+def fill_nodes(
+    load: FloatArray, experts: IntArray, shape: Shape, most_copies: int | None = None
+) -> IntArray:
     """Slots of all layers when each node replicates and packs its own experts.
 
     load     float64[layers, n_experts]
     experts  int32[layers, nodes, experts per node]
+    most_copies  replicas of one expert at most, None for no limit (as EPLB has it)
     returns  int32[layers, n_slots], rank-major
     """
     n_layers, n_nodes, per_node = experts.shape
     on_node = np.take_along_axis(load[:, None, :], experts.astype(np.int64), axis=2)
     on_node = on_node.reshape(n_layers * n_nodes, per_node)
-    copies = replicate(on_node, shape.n_slots // n_nodes)
+    limit = () if most_copies is None else (most_copies,)
+    copies = replicate(on_node, shape.n_slots // n_nodes, *limit)
     local: IntArray = _pack_replicas(on_node, copies, shape.n_ranks // n_nodes)
     ids = np.take_along_axis(
         experts.reshape(n_layers * n_nodes, per_node), local.astype(np.int64), axis=1

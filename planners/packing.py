@@ -40,6 +40,29 @@ def pack(weight: FloatArray, n_packs: int) -> IntArray:
 
 
 @compiled
+def separate(slots: IntArray, share: FloatArray, n_ranks: int, first: int, last: int) -> None:
+    """Swap slots in place so that no rank of first <= rank < last holds an expert twice.
+
+    Each second replica goes to the rank where the swap leaves the two loads closest; it stays
+    where no swap is possible. Arguments as in `level`.
+    """
+    per_rank = len(slots) // n_ranks
+    for own in range(first * per_rank, last * per_rank):
+        start = own // per_rank * per_rank
+        if not (slots[start:own] == slots[own]).any():
+            continue
+        best, best_other = np.inf, -1
+        for other in range(first * per_rank, last * per_rank):
+            moved = abs(share[slots[own]] - share[slots[other]])
+            if other // per_rank == own // per_rank or moved >= best:
+                continue
+            if not _would_double(slots, own, other, per_rank):
+                best, best_other = moved, other
+        if best_other >= 0:
+            slots[own], slots[best_other] = slots[best_other], slots[own]
+
+
+@compiled
 def level(slots: IntArray, share: FloatArray, n_ranks: int, first: int, last: int) -> None:
     """Swap slots in place until no swap with the busiest rank lowers the load of both above it.
 
@@ -53,7 +76,7 @@ def level(slots: IntArray, share: FloatArray, n_ranks: int, first: int, last: in
         load[slot // per_rank] += share[slots[slot]]
     for _ in range(64 * (last - first) * per_rank):
         busiest = first + np.argmax(load[first:last])
-        own, other, _ = _best_swap(slots, share, load, busiest, first, last)
+        own, other, _ = _best_swap(slots, share, load, int(busiest), first, last)
         if own < 0:
             return
         moved = share[slots[own]] - share[slots[other]]

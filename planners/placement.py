@@ -27,7 +27,7 @@ from planners.incumbents import (
     fill_nodes,
 )
 from planners.layer import Drift, LayerPrice, LayerTask, Search
-from planners.packing import level
+from planners.packing import level, separate
 from planners.plan import Placement, rank_loads, replica_counts
 from planners.step_time import MoeLaws
 from planners.traffic import relocate, sampled_price
@@ -89,7 +89,7 @@ def plan_placement(
     caps = _caps(candidates, step_load, evidence, options)
     starts = []
     if not options.node_limited:
-        starts.append(_levelled(eplb_global(step_load, shape), step_load, within_nodes=False))
+        starts.append(_levelled(_packed(step_load, shape), step_load, within_nodes=False))
     if shape.n_nodes > 1 and shape.n_groups % shape.n_nodes == 0:
         starts.append(_levelled(_spread(step_load, shape), step_load, within_nodes=True))
         starts.append(_levelled(eplb_hierarchical(step_load, shape), step_load, within_nodes=True))
@@ -170,7 +170,8 @@ class _Layerwise:
         """Layer by layer the candidate with the least seconds whose busiest rank is under cap."""
         seconds = np.stack([self._seconds(candidate) for candidate in candidates])
         busiest = np.stack([rank_loads(c, self.step_load).max(axis=1) for c in candidates])
-        seconds = np.where(busiest <= caps * (1 + 1e-9), seconds, np.inf)
+        doubled = np.stack([_doubled(candidate) for candidate in candidates])
+        seconds = np.where(busiest <= caps * (1 + 1e-9), seconds * (1 + doubled), np.inf)
         chosen = seconds.argmin(axis=0)
         tables = np.stack([c.physical_to_logical_map for c in candidates])
         table = tables[chosen, np.arange(len(chosen))]
@@ -227,10 +228,28 @@ def _incumbent_forms(load: FloatArray, shape: Shape, node_limited: bool) -> list
     return forms
 
 
+def _doubled(placement: Placement) -> FloatArray:
+    """float64[layers]: share of slots that repeat an expert of their own rank, a waste."""
+    by_rank = placement.physical_to_logical_map.reshape(
+        placement.n_layers, placement.n_ranks, placement.slots_per_rank
+    )
+    ordered = np.sort(by_rank, axis=2)
+    return np.asarray((ordered[..., 1:] == ordered[..., :-1]).mean(axis=(1, 2)))
+
+
+def _packed(load: FloatArray, shape: Shape) -> Placement:
+    """Replicated and packed over the whole cluster, no more replicas than ranks."""
+    everything = np.arange(load.shape[1], dtype=np.int32)
+    experts = np.tile(everything, (load.shape[0], 1, 1))
+    slots = fill_nodes(load, experts, shape, most_copies=shape.n_ranks)
+    return Placement(slots, load.shape[1], shape.n_ranks, shape.ranks_per_node)
+
+
 def _spread(load: FloatArray, shape: Shape) -> Placement:
     """Groups on nodes by the exact partition, then replicated and packed inside the nodes."""
     node_of_group, _ = spread_groups(load, shape)
-    slots = fill_nodes(load, experts_by_node(node_of_group, load.shape[1], shape.n_nodes), shape)
+    experts = experts_by_node(node_of_group, load.shape[1], shape.n_nodes)
+    slots = fill_nodes(load, experts, shape, most_copies=shape.ranks_per_node)
     return Placement(slots, load.shape[1], shape.n_ranks, shape.ranks_per_node)
 
 
@@ -241,6 +260,7 @@ def _levelled(start: Placement, load: FloatArray, within_nodes: bool) -> Placeme
     step = start.ranks_per_node if within_nodes else start.n_ranks
     for layer in range(len(slots)):
         for first in range(0, start.n_ranks, step):
+            separate(slots[layer], share[layer], start.n_ranks, first, first + step)
             level(slots[layer], share[layer], start.n_ranks, first, first + step)
     return replace(start, physical_to_logical_map=slots)
 

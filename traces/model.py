@@ -13,6 +13,9 @@ class Attention:
 
     head_dim is the query/key width of one head (MLA: qk_nope_dim + qk_rope_dim).
     sliding_window is in tokens, 0 for none; it holds on n_sliding_layers of the model's layers.
+    output_gate: the query projection also makes a gate of the same width (Qwen3-Next).
+    n_experts, top_k: query and output projections are themselves a mixture (JetMoE: 8 and 2);
+    n_heads counts the heads of the top_k chosen ones, keys and values are shared.
     """
 
     n_heads: int
@@ -25,6 +28,9 @@ class Attention:
     qk_rope_dim: int = 0
     sliding_window: int = 0
     n_sliding_layers: int = 0
+    output_gate: bool = False
+    n_experts: int = 1
+    top_k: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +41,10 @@ class ModelSpec:
     ffn_matrices              3 with a gate projection (SwiGLU), 2 without
     n_groups, topk_groups     group-limited routing (DeepSeek-V3: 8 and 4); 1 and 1 for none
     kv_layers                 layers that keep a KV cache
+    dense_ffn_matrices        the same for dense layers, 0 when equal to ffn_matrices
+    n_encoder_layers          encoder-decoder models: the first layers, without cross-attention
+    mixer_params              parameters of one Mamba or linear-attention layer's token mixer
+    n_mixer_layers            layers that have such a mixer in place of attention
     """
 
     name: str
@@ -54,6 +64,10 @@ class ModelSpec:
     topk_groups: int = 1
     router: str = "softmax"
     tied_embeddings: bool = False
+    dense_ffn_matrices: int = 0
+    n_encoder_layers: int = 0
+    mixer_params: int = 0
+    n_mixer_layers: int = 0
 
     def __post_init__(self) -> None:
         if not 0 < self.top_k <= self.n_experts:
@@ -61,7 +75,7 @@ class ModelSpec:
                 f"model {self.name}: top_k={self.top_k} must be in 1..n_experts={self.n_experts}"
             )
         if self.moe_layers and not (
-            0 <= min(self.moe_layers) and max(self.moe_layers) < self.n_layers
+            min(self.moe_layers) >= 0 and max(self.moe_layers) < self.n_layers
         ):
             raise TraceError(
                 f"model {self.name}: moe_layers {min(self.moe_layers)}..{max(self.moe_layers)}"
