@@ -1,0 +1,16 @@
+"""`compiled`: numba's njit with its cache on disk, typed so that a function keeps its signature."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import numba
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def compiled(function: _Function) -> _Function:
+    """The function, compiled when first called: arrays in, arrays out, no objects, no I/O."""
+    fast: _Function = numba.njit(cache=True)(function)
+    return fast
