@@ -34,116 +34,175 @@ def count_steps(
     """Add every step's counts to slot_tokens [layers, slots] and out [6, steps, layers, ranks].
 
     Tokens go by in blocks that fit the cache, layer by layer within a block, so that a layer's
-    counters stay in the nearest cache. `last_*` arrays hold the stamp of the last token (or step)
-    that touched an entry, so nothing needs clearing. Under "even" the j-th choice of expert e in
-    layer l takes replica (e + l + mixed + j) mod n, where mixed scrambles the first row of the
-    step: so experts, layers and steps are staggered, and a step's counts depend on itself alone.
+    counters stay in the nearest cache. Under "even" the j-th choice of expert e in layer l takes
+    replica (e + l + mixed + j) mod n, where mixed scrambles the first row of the step: so
+    experts, layers and steps are staggered, and a step's counts depend on itself alone.
     """
     start, replica_slot = table
     n_ranks, per_rank, per_node = shape
+    mode, rule = modes
     n_steps, n_tokens = rows.shape
     n_layers = topk.shape[1]
-    n_experts = start.shape[1] - 1
     n_slots = slot_tokens.shape[1]
     rank_of = np.arange(n_slots) // per_rank
     node_of = np.arange(n_ranks) // per_node
-    turn = np.zeros((n_layers, n_experts), dtype=np.int32)
-    last_slot = np.full((n_layers, n_slots), -1, dtype=np.int64)
+    turn = np.zeros((n_layers, start.shape[1] - 1), dtype=np.int32)
+    used = np.zeros((n_layers, n_slots), dtype=np.int64)
+    copies = np.zeros((n_layers, 4, n_ranks), dtype=np.int64)
     last = np.full((2, n_ranks), -1, dtype=np.int64)
-    counted = np.zeros((6, n_ranks), dtype=np.int64)
     stamp = 0
     for step in range(n_steps):
-        if modes[1] == EVEN and n_tokens > 0:
-            mixed = ((rows[step, 0] * MIX) & 0xFFFFFFFF) >> 15
-            for layer in range(n_layers):
-                for expert in range(n_experts):
-                    n = start[layer, expert + 1] - start[layer, expert]
-                    turn[layer, expert] = (expert + layer + mixed) % n
+        used[:] = 0
+        copies[:] = 0
+        if rule == EVEN and n_tokens > 0:
+            _first_turns(start, ((rows[step, 0] * MIX) & 0xFFFFFFFF) >> 15, turn)
         for low in range(0, n_tokens, BLOCK):
             high = min(low + BLOCK, n_tokens)
             for layer in range(n_layers):
-                counted[:] = 0
-                _count_block(
-                    (topk, rows[step, low:high], source_rank[low:high], layer),
-                    (start[layer], replica_slot[layer], turn[layer]),
-                    choice[min(layer, len(choice) - 1)],
-                    (rank_of, node_of, per_node),
-                    modes,
-                    (stamp, last[0], last[1], step, last_slot[layer]),
-                    slot_tokens[layer],
-                    counted,
-                )
+                served = (start[layer], replica_slot[layer], turn[layer])
+                nearest = choice[min(layer, len(choice) - 1)]
+                tokens = (topk, rows[step, low:high], source_rank[low:high], layer, stamp)
+                places = (rank_of, node_of, per_node)
+                if mode == NODE:
+                    _relayed(
+                        tokens, served, nearest, places, rule, last, used[layer], copies[layer]
+                    )
+                else:
+                    dropped = mode == DEVICE
+                    _direct(
+                        tokens,
+                        served,
+                        nearest,
+                        places,
+                        (rule, dropped),
+                        last[0],
+                        used[layer],
+                        copies[layer],
+                    )
                 stamp += high - low
-                for field in range(6):
-                    for rank in range(n_ranks):
-                        out[field, step, layer, rank] += counted[field, rank]
+        for layer in range(n_layers):
+            for slot in range(n_slots):
+                rank = rank_of[slot]
+                slot_tokens[layer, slot] += used[layer, slot]
+                out[TOKENS, step, layer, rank] += used[layer, slot]
+                out[DISTINCT, step, layer, rank] += used[layer, slot] > 0
+            for link in range(4):
+                for rank in range(n_ranks):
+                    out[UP_SEND + link, step, layer, rank] = copies[layer, link, rank]
 
 
 @numba.njit(cache=True)  # type: ignore[untyped-decorator]
-def _count_block(
-    tokens: tuple[Int16s, Int64s, Int32s, int],
-    replicas: tuple[Int32s, Int32s, Int32s],
-    choice: Int32s,
+def _first_turns(start: Int32s, mixed: int, turn: Int32s) -> None:
+    """Fill turn [layers, experts] with the replica that serves each expert's first choice."""
+    for layer in range(turn.shape[0]):
+        for expert in range(turn.shape[1]):
+            n = start[layer, expert + 1] - start[layer, expert]
+            turn[layer, expert] = (expert + layer + mixed) % n
+
+
+@numba.njit(cache=True)  # type: ignore[untyped-decorator]
+def _served_by(
+    expert: int,
+    source: int,
+    rule: int,
+    served: tuple[Int32s, Int32s, Int32s],
+    nearest: Int32s,
+) -> int:
+    """Slot that serves a choice; under "even" the next choice takes the next replica."""
+    if rule == LOCAL:
+        return int(nearest[source, expert])
+    start, replica_slot, turn = served
+    first = start[expert]
+    now = turn[expert]
+    turn[expert] = now + 1 if now + 1 < start[expert + 1] - first else 0
+    return int(replica_slot[first + now])
+
+
+@numba.njit(cache=True)  # type: ignore[untyped-decorator]
+def _direct(
+    tokens: tuple[Int16s, Int64s, Int32s, int, int],
+    served: tuple[Int32s, Int32s, Int32s],
+    nearest: Int32s,
     places: tuple[Int64s, Int64s, int],
-    modes: tuple[int, int],
-    stamps: tuple[int, Int64s, Int64s, int, Int64s],
-    slot_tokens: Int64s,
-    counted: Int64s,
+    options: tuple[int, bool],
+    last_rank: Int64s,
+    used: Int64s,
+    copies: Int64s,
 ) -> None:
-    """Add a block of tokens at one layer to slot_tokens [slots] and counted [6, ranks]."""
-    topk, rows, source_rank, layer = tokens
-    start, replica_slot, turn = replicas
-    rank_of, node_of, per_node = places
-    mode, rule = modes
-    stamp, last_rank, last_node, step, last_slot = stamps
+    """Add a block of tokens at one layer, each copy going straight to its rank.
+
+    Without branches in the inner loop, because none of its questions can be guessed well:
+    whether a copy is new (last_rank holds the stamp of the last token that went there), and
+    whether it stays in the node, are added as 0 or 1.
+    """
+    topk, rows, source_rank, layer, stamp = tokens
+    rank_of, node_of, _ = places
+    rule, dropped = options
     for token in range(len(rows)):
         stamp += 1
-        row = rows[token]
-        source = source_rank[token]
+        row, source = rows[token], source_rank[token]
+        home = node_of[source]
+        near_sent, far_sent = 0, 0
+        for j in range(topk.shape[2]):
+            expert = topk[row, layer, j]
+            if expert < 0:
+                continue
+            slot = _served_by(expert, source, rule, served, nearest)
+            used[slot] += 1
+            rank = rank_of[slot]
+            is_new = (last_rank[rank] != stamp) | (not dropped)
+            last_rank[rank] = stamp
+            is_far = node_of[rank] != home
+            far = 1 if is_new & is_far else 0
+            near = 1 if is_new & (not is_far) & (rank != source) else 0
+            copies[UP_RECV - UP_SEND, rank] += near
+            copies[OUT_RECV - UP_SEND, rank] += far
+            near_sent += near
+            far_sent += far
+        copies[0, source] += near_sent
+        copies[OUT_SEND - UP_SEND, source] += far_sent
+
+
+@numba.njit(cache=True)  # type: ignore[untyped-decorator]
+def _relayed(
+    tokens: tuple[Int16s, Int64s, Int32s, int, int],
+    served: tuple[Int32s, Int32s, Int32s],
+    nearest: Int32s,
+    places: tuple[Int64s, Int64s, int],
+    rule: int,
+    last: Int64s,
+    used: Int64s,
+    copies: Int64s,
+) -> None:
+    """Add a block of tokens at one layer, copies going to the rank of the same index first.
+
+    In the token's own node that relay is the source itself. last holds the stamps of the last
+    token that went to each rank (row 0) and node (row 1).
+    """
+    topk, rows, source_rank, layer, stamp = tokens
+    rank_of, node_of, per_node = places
+    for token in range(len(rows)):
+        stamp += 1
+        row, source = rows[token], source_rank[token]
         home = node_of[source]
         index = source - home * per_node
         for j in range(topk.shape[2]):
             expert = topk[row, layer, j]
             if expert < 0:
                 continue
-            if rule == EVEN:
-                first = start[expert]
-                n = start[expert + 1] - first
-                if n == 1:
-                    slot = replica_slot[first]
-                else:
-                    slot = replica_slot[first + turn[expert]]
-                    following = turn[expert] + 1
-                    turn[expert] = following if following < n else 0
-            else:
-                slot = choice[source, expert]
+            slot = _served_by(expert, source, rule, served, nearest)
+            used[slot] += 1
             rank = rank_of[slot]
-            slot_tokens[slot] += 1
-            counted[TOKENS, rank] += 1
-            if last_slot[slot] != step:
-                last_slot[slot] = step
-                counted[DISTINCT, rank] += 1
-            if mode != EXPERT:
-                if last_rank[rank] == stamp:
-                    continue
-                last_rank[rank] = stamp
             node = node_of[rank]
-            if node == home:
-                if rank != source:
-                    counted[UP_SEND, source] += 1
-                    counted[UP_RECV, rank] += 1
-            elif mode != NODE:
-                counted[OUT_SEND, source] += 1
-                counted[OUT_RECV, rank] += 1
-            else:
-                relay = node * per_node + index
-                if last_node[node] != stamp:
-                    last_node[node] = stamp
-                    counted[OUT_SEND, source] += 1
-                    counted[OUT_RECV, relay] += 1
-                if rank != relay:
-                    counted[UP_SEND, relay] += 1
-                    counted[UP_RECV, rank] += 1
+            relay = node * per_node + index
+            far = 1 if (last[1, node] != stamp) & (node != home) else 0
+            near = 1 if (last[0, rank] != stamp) & (rank != relay) else 0
+            last[0, rank] = stamp
+            last[1, node] = stamp
+            copies[0, relay] += near
+            copies[UP_RECV - UP_SEND, rank] += near
+            copies[OUT_SEND - UP_SEND, source] += far
+            copies[OUT_RECV - UP_SEND, relay] += far
 
 
 @numba.njit(cache=True)  # type: ignore[untyped-decorator]

@@ -9,7 +9,6 @@ import pytest
 from ep_examples import contiguous, random_topk, replicated
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles.dispatch_plain import FIELDS, local_slot, plain_counts
 
 from planners.dispatch import (
     MODES,
@@ -26,6 +25,7 @@ from planners.dispatch import (
 )
 from planners.errors import PlanError
 from planners.plan import Placement, replica_counts
+from tests.oracles.dispatch_plain import FIELDS, local_slot, plain_counts
 
 seeds = st.integers(0, 2**32 - 1)
 modes = st.sampled_from(list(MODES))
