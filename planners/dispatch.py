@@ -98,7 +98,7 @@ def dispatch_counts(
     return step_counts(topk, rows, source_rank, placement, mode, rule).step(0)
 
 
-def step_counts(  # one parameter over the rule of thumb: mode and rule are named choices
+def step_counts(
     topk: npt.NDArray[np.int16],
     rows: npt.NDArray[np.int64],
     source_rank: npt.NDArray[np.int32],

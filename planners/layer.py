@@ -45,11 +45,11 @@ class Drift:
     tail         how many standard deviations the busiest of all ranks lies above its plan
 
     The defaults are rounded from pairs of DeepSeek-V3 workloads (decode of 2000 and of 500 input
-    tokens; prefill of 512 and of 2048): 0.25 to 0.4, and 0.11 to 0.18.
+    tokens; prefill of 512 and of 2048): 0.25 to 0.4, and 0.11 to 0.22.
     """
 
     relative_sd: float = 0.3
-    group_share: float = 0.15
+    group_share: float = 0.2
     tail: float = 2.0
 
 
@@ -102,7 +102,7 @@ class Search:
     within_nodes     swaps stay inside a node, so groups stay where they are
     """
 
-    trials_per_slot: int = 40
+    trials_per_slot: int = 60
     within_nodes: bool = False
     seed: int = 0
 

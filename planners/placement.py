@@ -153,11 +153,14 @@ class _Layerwise:
         return self.evidence.topk is not None or routing.topk_groups < routing.n_groups
 
     def searched(self, start: Placement, caps: FloatArray) -> Placement:
-        """The placement after the swap search of every layer."""
+        """The placement after the swap search of every layer that is under its cap."""
         slots = start.physical_to_logical_map.copy()
+        over = rank_loads(start, self.step_load).max(axis=1) > caps * (1 + 1e-9)
         search = replace(self.options.search, within_nodes=self.options.node_limited)
         chances, sample = self._chances(start), self._sample(first=True)
         for layer, task in enumerate(self._tasks(start, caps)):
+            if over[layer]:
+                continue
             seeded = replace(search, seed=search.seed * 1_000_003 + layer)
             if sample is None:
                 slots[layer] = relocate_expected(slots[layer], chances[layer], task, seeded)

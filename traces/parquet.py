@@ -22,8 +22,17 @@ from traces.errors import TraceError
 from traces.routing import ExpertCounts, RoutingTrace, content_hash
 
 _KEY = b"moesim"
-_SCALARS = {"request": np.int32, "position": np.int32, "phase": np.int8, "forward": np.int64}
-_LISTS = {"topk": np.int16, "weights": np.float16, "scores": np.float16}
+_SCALARS: dict[str, type[np.generic]] = {
+    "request": np.int32,
+    "position": np.int32,
+    "phase": np.int8,
+    "forward": np.int64,
+}
+_LISTS: dict[str, type[np.generic]] = {
+    "topk": np.int16,
+    "weights": np.float16,
+    "scores": np.float16,
+}
 _MAX_CELLS = 2**34
 
 
@@ -186,4 +195,4 @@ def _list_column(
     values = column.flatten().to_numpy(zero_copy_only=False)
     if values.dtype != np.dtype(dtype) or len(values) != width * len(column):
         raise TraceError(f"{path}: column {name} holds {values.dtype}, expected {np.dtype(dtype)}")
-    return values
+    return np.asarray(values)

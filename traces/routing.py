@@ -69,17 +69,17 @@ class RoutingTrace:
     @property
     def n_tokens(self) -> int:
         """Number of tokens (rows)."""
-        return self.topk.shape[0]
+        return int(self.topk.shape[0])
 
     @property
     def n_layers(self) -> int:
         """Number of MoE layers captured (columns)."""
-        return self.topk.shape[1]
+        return int(self.topk.shape[1])
 
     @property
     def top_k(self) -> int:
         """Experts chosen per token and layer."""
-        return self.topk.shape[2]
+        return int(self.topk.shape[2])
 
     def rows(self, index: npt.NDArray[np.int64] | npt.NDArray[np.bool_] | slice) -> RoutingTrace:
         """The same trace with only the given token rows, in the given order."""
@@ -114,12 +114,12 @@ class ExpertCounts:
     @property
     def n_experts(self) -> int:
         """Number of routed experts in a layer."""
-        return self.counts.shape[1]
+        return int(self.counts.shape[1])
 
     @property
     def n_layers(self) -> int:
         """Number of MoE layers counted."""
-        return self.counts.shape[0]
+        return int(self.counts.shape[0])
 
 
 def expert_counts(trace: RoutingTrace) -> ExpertCounts:
@@ -150,7 +150,7 @@ def content_hash(trace: RoutingTrace | ExpertCounts) -> str:
         array = getattr(trace, field)
         if array is not None:
             digest.update(f"{field} {array.dtype.str} {array.shape}".encode())
-            digest.update(np.ascontiguousarray(array))
+            digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()
 
 
