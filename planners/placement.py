@@ -89,7 +89,9 @@ def plan_placement(
     caps = _caps(candidates, step_load, evidence, options)
     starts = []
     if not options.node_limited:
-        starts.append(_levelled(_packed(step_load, shape), step_load, within_nodes=False))
+        starts.append(_packed(step_load, shape))
+        if not judge.can_price_traffic:
+            candidates.append(_levelled(starts[-1], step_load, within_nodes=False))
     if shape.n_nodes > 1 and shape.n_groups % shape.n_nodes == 0:
         starts.append(_levelled(_spread(step_load, shape), step_load, within_nodes=True))
         starts.append(_levelled(eplb_hierarchical(step_load, shape), step_load, within_nodes=True))
@@ -241,11 +243,19 @@ def _doubled(placement: Placement) -> FloatArray:
 
 
 def _packed(load: FloatArray, shape: Shape) -> Placement:
-    """Replicated and packed over the whole cluster, no more replicas than ranks."""
+    """Replicated and packed over the whole cluster, no expert twice on a rank.
+
+    The search starts here and not from the levelled form: levelling to the last token fits the
+    planned load, and what it shuffles for that only adds noise on another workload.
+    """
     everything = np.arange(load.shape[1], dtype=np.int32)
     experts = np.tile(everything, (load.shape[0], 1, 1))
     slots = fill_nodes(load, experts, shape, most_copies=shape.n_ranks)
-    return Placement(slots, load.shape[1], shape.n_ranks, shape.ranks_per_node)
+    packed = Placement(slots, load.shape[1], shape.n_ranks, shape.ranks_per_node)
+    share = load / replica_counts(packed)
+    for layer in range(len(slots)):
+        separate(slots[layer], share[layer], shape.n_ranks, 0, shape.n_ranks)
+    return packed
 
 
 def _spread(load: FloatArray, shape: Shape) -> Placement:
