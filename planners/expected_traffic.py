@@ -18,7 +18,7 @@ from traces.compiled import compiled
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int32]
 LongArray = npt.NDArray[np.int64]
-Given = tuple[FloatArray, FloatArray, FloatArray]
+Given = tuple[FloatArray, FloatArray, FloatArray, FloatArray]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,14 +45,14 @@ def relocate_expected(
     best: IntArray = slots.copy()
     limits = (search.trials_per_slot * len(slots), search.within_nodes, task.cap)
     rng = np.random.default_rng(search.seed)
-    given = (task.share, chances.group, chances.expert)
+    given = (task.share, task.kin, chances.group, chances.expert)
     _relocate(best, given, task.shape(), task.constants(), limits, rng)
     return best
 
 
 def expected_price(slots: IntArray, chances: GroupChances, task: LayerTask) -> float:
     """Seconds of one layer under a placement, as the search prices it."""
-    given = (task.share, chances.group, chances.expert)
+    given = (task.share, task.kin, chances.group, chances.expert)
     load, tail, touched, node_touched = _expect(slots, given, task.shape(), task.constants())
     return seconds_of(load, tail, touched, node_touched, task.constants())
 
@@ -81,15 +81,16 @@ def _expect(
     slots: IntArray, given: Given, shape: LongArray, constants: FloatArray
 ) -> tuple[FloatArray, FloatArray, FloatArray, FloatArray]:
     """Load, tail load and visit share of every rank, visit share of every node."""
-    share, group_chance, expert_chance = given
-    n_ranks, per_node, n_groups = shape
+    share, kin, group_chance, expert_chance = given
+    n_ranks, per_node = shape
+    n_groups = len(group_chance)
     per_rank, n_nodes = len(slots) // n_ranks, n_ranks // per_node
     load, tail, touched = np.zeros(n_ranks), np.zeros(n_ranks), np.zeros(n_ranks)
     node_touched, scratch = np.zeros(n_nodes), np.zeros(n_groups)
     for rank in range(n_ranks):
         held = slots[rank * per_rank : (rank + 1) * per_rank]
         load[rank] = share[held].sum()
-        tail[rank] = tail_load(held, share, scratch, constants)
+        tail[rank] = tail_load(held, share, kin, constants)
         touched[rank] = visit_share(held, group_chance, expert_chance, scratch)
     for node in range(n_nodes):
         held = slots[node * per_rank * per_node : (node + 1) * per_rank * per_node]
@@ -121,8 +122,9 @@ def _relocate(
     rng: np.random.Generator,
 ) -> None:
     """The search, in place: swap, price the two ranks (and nodes) anew, undo if dearer."""
-    share, group_chance, expert_chance = given
-    n_ranks, per_node, n_groups = shape
+    share, kin, group_chance, expert_chance = given
+    n_ranks, per_node = shape
+    n_groups = len(group_chance)
     n_trials, within_nodes, cap = limits
     n_slots, per_rank = len(slots), len(slots) // n_ranks
     in_node, group_size = per_rank * per_node, len(share) // n_groups
@@ -131,16 +133,16 @@ def _relocate(
     price = seconds_of(load, tail, touched, node_touched, constants)
     cap = max(cap, load.max())
     scratch = np.zeros(n_groups)
-    reach = in_node if constants[NODE_COPY] > 0 else per_rank  # where kin are worth having
+    reach = in_node if constants[NODE_COPY] > 0 else per_rank  # where company of the group pays
     for trial in range(n_trials):
         own = int(rng.random() * n_slots)
         if trial % 4 == 1:
             own = np.argmax(touched) * per_rank + int(rng.random() * per_rank)
         elif trial % 4 == 3:
             own = np.argmax(tail) * per_rank + int(rng.random() * per_rank)
-        kin = slots[own // reach * reach + int(rng.random() * reach)] // group_size
+        group = slots[own // reach * reach + int(rng.random() * reach)] // group_size
         other = slot_of[
-            group_start[kin] + int(rng.random() * (group_start[kin + 1] - group_start[kin]))
+            group_start[group] + int(rng.random() * (group_start[group + 1] - group_start[group]))
         ]
         if trial % 8 >= 6:
             other = int(rng.random() * n_slots)
@@ -158,7 +160,7 @@ def _relocate(
         slots[own], slots[other] = slots[other], slots[own]
         for place in (rank, to):
             held = slots[place * per_rank : (place + 1) * per_rank]
-            tail[place] = tail_load(held, share, scratch, constants)
+            tail[place] = tail_load(held, share, kin, constants)
             touched[place] = visit_share(held, group_chance, expert_chance, scratch)
         if node != to_node and constants[NODE_COPY] > 0:
             for place in (node, to_node):

@@ -1,4 +1,4 @@
-"""One layer as the planner sees it: what a busy rank and a visit cost, and how far loads drift.
+"""One layer as the planner sees it: what a busy rank and a visit cost.
 
 `traffic.py` (tokens known) and `expected_traffic.py` (counts only) search slots of one layer;
 this file holds what both price.
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from planners.drift import Drift
 from traces.compiled import compiled
 
 FloatArray = npt.NDArray[np.float64]
@@ -36,41 +37,20 @@ class LayerPrice:
 
 
 @dataclass(frozen=True, slots=True)
-class Drift:
-    """How far expert loads are expected to move between planning and use.
-
-    relative_sd  standard deviation of an expert's load, as a share of the load
-    group_share  share of that variance that all experts of a router group have in common: a
-                 group is chosen before its experts are, so they rise and fall together
-    tail         how many standard deviations the busiest of all ranks lies above its plan
-
-    The defaults are rounded from pairs of DeepSeek-V3 workloads (decode of 2000 and of 500 input
-    tokens; prefill of 512 and of 2048): 0.25 to 0.4, and 0.11 to 0.22.
-    """
-
-    relative_sd: float = 0.3
-    group_share: float = 0.2
-    tail: float = 2.0
-
-
-NO_DRIFT = Drift(0.0, 0.0, 0.0)
-
-
-@dataclass(frozen=True, slots=True)
 class LayerTask:
     """Everything a search of one layer needs beside the slots and the evidence.
 
     share           float64[n_experts] tokens of a step that one replica of each expert gets
-    n_ranks, ranks_per_node, n_groups
+    kin             float64[n_experts, n_experts], which experts drift together (drift.py)
     cap             the busiest rank may not exceed this load (inf for none), unless it did before
     """
 
     share: FloatArray
+    kin: FloatArray
     n_ranks: int
     ranks_per_node: int
-    n_groups: int
     price: LayerPrice
-    drift: Drift = Drift()
+    drift: Drift
     cap: float = np.inf
 
     def constants(self, n_tokens: int = 1) -> FloatArray:
@@ -83,15 +63,15 @@ class LayerTask:
                 price.activation_s,
                 price.rank_copy_s / n_tokens,
                 price.node_copy_s / n_tokens,
-                drift.relative_sd**2 * (1 - drift.group_share),
-                drift.relative_sd**2 * drift.group_share,
+                drift.relative_sd**2 * (1 - drift.kin_share),
+                drift.relative_sd**2 * drift.kin_share,
                 drift.tail,
             ]
         )
 
     def shape(self) -> npt.NDArray[np.int64]:
-        """n_ranks, ranks_per_node and n_groups for the compiled loops."""
-        return np.array([self.n_ranks, self.ranks_per_node, self.n_groups], dtype=np.int64)
+        """n_ranks and ranks_per_node for the compiled loops."""
+        return np.array([self.n_ranks, self.ranks_per_node], dtype=np.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,32 +88,24 @@ class Search:
 
 
 # Places in LayerTask.constants()
-FLOOR, COMPUTE, ACTIVATION, RANK_COPY, NODE_COPY, OWN_VARIANCE, GROUP_VARIANCE, TAIL = range(8)
+FLOOR, COMPUTE, ACTIVATION, RANK_COPY, NODE_COPY, OWN_VARIANCE, KIN_VARIANCE, TAIL = range(8)
 
 
 @compiled
-def tail_load(
-    held: IntArray,
-    share: FloatArray,
-    by_group: FloatArray,
-    constants: FloatArray,
-) -> float:
+def tail_load(held: IntArray, share: FloatArray, kin: FloatArray, constants: FloatArray) -> float:
     """Load of a rank holding these experts, `tail` standard deviations above its mean.
 
-    by_group  float64[n_groups] scratch
-    source    variance of a sum whose terms share a common factor inside each group
+    source  variance of a sum whose terms have the covariance share_i share_j kin_ij
     """
-    group_size = len(share) // len(by_group)
-    by_group[:] = 0.0
-    load, squares = 0.0, 0.0
-    for expert in held:
-        load += share[expert]
-        squares += share[expert] ** 2
-        by_group[expert // group_size] += share[expert]
-    common = 0.0
-    for group_load in by_group:
-        common += group_load**2
-    variance = constants[OWN_VARIANCE] * squares + constants[GROUP_VARIANCE] * common
+    load, squares, common = 0.0, 0.0, 0.0
+    for i in range(len(held)):
+        own = share[held[i]]
+        load += own
+        squares += own * own
+        common += own * own
+        for j in range(i):
+            common += 2.0 * own * share[held[j]] * kin[held[i], held[j]]
+    variance = constants[OWN_VARIANCE] * squares + constants[KIN_VARIANCE] * common
     return float(load + constants[TAIL] * np.sqrt(variance))
 
 

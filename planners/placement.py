@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from planners.bounds import spread_groups
 from planners.dispatch import Mode, Routing, inclusion_chances
+from planners.drift import Drift, group_kin, token_kin
 from planners.errors import PlanError
 from planners.expected_traffic import GroupChances, expected_price, relocate_expected
 from planners.incumbents import (
@@ -26,7 +27,7 @@ from planners.incumbents import (
     experts_by_node,
     fill_nodes,
 )
-from planners.layer import Drift, LayerPrice, LayerTask, Search
+from planners.layer import LayerPrice, LayerTask, Search
 from planners.packing import level, separate
 from planners.plan import Placement, rank_loads, replica_counts
 from planners.step_time import MoeLaws
@@ -35,7 +36,7 @@ from planners.traffic import relocate, sampled_price
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int32]
 
-MOST_SAMPLED_TOKENS = 4096
+MOST_SAMPLED_TOKENS = 3072
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +62,7 @@ class PlacementOptions:
     node_limited     expert groups stay inside one node, as EPLB's hierarchical form keeps them
     keep_balance     the busiest rank carries no more than under EPLB; what was counted outranks
                      what was assumed. None: yes for counts only, no when tokens are known
+    drift            how far loads move until the plan is used
     """
 
     tokens_per_step: float
@@ -84,7 +86,8 @@ def plan_placement(
     check_groups(shape, load.shape[1], options.node_limited)
     scale = evidence.routing.top_k * options.tokens_per_step / load.sum(axis=1, keepdims=True)
     step_load = load * scale
-    judge = _Layerwise(evidence, step_load, shape, layer_price(laws, shape, options), options)
+    price = layer_price(laws, shape, options)
+    judge = _Layerwise(evidence, step_load, kin_of(evidence), shape, price, options)
     candidates = _incumbent_forms(step_load, shape, options.node_limited)
     caps = _caps(candidates, step_load, evidence, options)
     starts = []
@@ -144,6 +147,7 @@ class _Layerwise:
 
     evidence: Evidence
     step_load: FloatArray
+    kin: list[FloatArray]
     shape: Shape
     price: LayerPrice
     options: PlacementOptions
@@ -159,7 +163,7 @@ class _Layerwise:
         slots = start.physical_to_logical_map.copy()
         over = rank_loads(start, self.step_load).max(axis=1) > caps * (1 + 1e-9)
         search = replace(self.options.search, within_nodes=self.options.node_limited)
-        chances, sample = self._chances(start), self._sample(first=True)
+        chances, sample = self._chances(start), _sample(self.evidence, first=True)
         for layer, task in enumerate(self._tasks(start, caps)):
             if over[layer]:
                 continue
@@ -184,7 +188,7 @@ class _Layerwise:
 
     def _seconds(self, placement: Placement) -> FloatArray:
         """float64[layers]: predicted seconds on tokens the search has not seen, if there are."""
-        slots, sample = placement.physical_to_logical_map, self._sample(first=False)
+        slots, sample = placement.physical_to_logical_map, _sample(self.evidence, first=False)
         chances = self._chances(placement)
         seconds = np.empty(len(slots))
         for layer, task in enumerate(self._tasks(placement)):
@@ -200,9 +204,9 @@ class _Layerwise:
         for layer, row in enumerate(share):
             yield LayerTask(
                 share=row,
+                kin=self.kin[layer],
                 n_ranks=self.shape.n_ranks,
                 ranks_per_node=self.shape.ranks_per_node,
-                n_groups=self.evidence.routing.n_groups,
                 price=self.price,
                 drift=self.options.drift,
                 cap=np.inf if caps is None else float(caps[layer]),
@@ -216,14 +220,23 @@ class _Layerwise:
         per_replica /= np.repeat(opening, per_replica.shape[1] // routing.n_groups, axis=1)
         return [GroupChances(q, x) for q, x in zip(opening, per_replica, strict=True)]
 
-    def _sample(self, first: bool) -> npt.NDArray[np.int16] | None:
-        """Half of the planned tokens, evenly spaced: the first for search, the other for choice."""
-        topk = self.evidence.topk
-        if topk is None:
-            return None
-        half = topk[0::2] if first else topk[1::2]
-        stride = max(1, -(-len(half) // MOST_SAMPLED_TOKENS))
-        return half[::stride]
+
+def kin_of(evidence: Evidence) -> list[FloatArray]:
+    """Which experts drift together, float64[n_experts, n_experts] per layer."""
+    n_layers, n_experts = evidence.tokens_per_expert.shape
+    sample = _sample(evidence, first=True)
+    if sample is None:
+        return [group_kin(n_experts, evidence.routing.n_groups)] * n_layers
+    return [token_kin(sample[:, layer], n_experts) for layer in range(n_layers)]
+
+
+def _sample(evidence: Evidence, first: bool) -> npt.NDArray[np.int16] | None:
+    """Half of the planned tokens, evenly spaced: the first for search, the other for choice."""
+    if evidence.topk is None:
+        return None
+    half = evidence.topk[0::2] if first else evidence.topk[1::2]
+    stride = max(1, -(-len(half) // MOST_SAMPLED_TOKENS))
+    return half[::stride]
 
 
 def _incumbent_forms(load: FloatArray, shape: Shape, node_limited: bool) -> list[Placement]:

@@ -18,6 +18,7 @@ IntArray = npt.NDArray[np.int32]
 LongArray = npt.NDArray[np.int64]
 Visits = npt.NDArray[np.int16]
 Served = tuple[LongArray, IntArray]
+Loads = tuple[FloatArray, FloatArray]  # share and kin of every expert
 
 
 def relocate(
@@ -34,7 +35,7 @@ def relocate(
     constants = task.constants(max(len(topk), 1))
     limits = (search.trials_per_slot * len(slots), search.within_nodes, task.cap)
     rng = np.random.default_rng(search.seed)
-    _relocate(best, task.share, served, len(topk), task.shape(), constants, limits, rng)
+    _relocate(best, (task.share, task.kin), served, len(topk), task.shape(), constants, limits, rng)
     return best
 
 
@@ -43,7 +44,7 @@ def sampled_price(slots: IntArray, topk: npt.NDArray[np.int16], task: LayerTask)
     served = tokens_of_slots(slots, topk, len(task.share))
     constants = task.constants(max(len(topk), 1))
     _, _, load, tail, touched, node_touched = _count(
-        slots, task.share, served, len(topk), task.shape(), constants
+        slots, (task.share, task.kin), served, len(topk), task.shape(), constants
     )
     return seconds_of(load, tail, touched, node_touched, constants)
 
@@ -83,20 +84,21 @@ def tokens_of_slots(slots: IntArray, topk: npt.NDArray[np.int16], n_experts: int
 @compiled
 def _count(
     slots: IntArray,
-    share: FloatArray,
+    loads: Loads,
     served: Served,
     n_tokens: int,
     shape: LongArray,
     constants: FloatArray,
 ) -> tuple[Visits, Visits, FloatArray, FloatArray, FloatArray, FloatArray]:
     """Visits of every token to every rank and node; load, tail and visits of ranks, of nodes."""
-    n_ranks, per_node, n_groups = shape
+    share, kin = loads
+    n_ranks, per_node = shape
     start, tokens = served
     per_rank, n_nodes = len(slots) // n_ranks, n_ranks // per_node
     visits = np.zeros((n_tokens, n_ranks), dtype=np.int16)
     node_visits = np.zeros((n_tokens, n_nodes), dtype=np.int16)
     load, tail, touched = np.zeros(n_ranks), np.zeros(n_ranks), np.zeros(n_ranks)
-    node_touched, scratch = np.zeros(n_nodes), np.zeros(n_groups)
+    node_touched = np.zeros(n_nodes)
     for slot in range(len(slots)):
         rank = slot // per_rank
         _arrive(tokens[start[slot] : start[slot + 1]], visits, touched, rank)
@@ -104,14 +106,14 @@ def _count(
     for rank in range(n_ranks):
         held = slots[rank * per_rank : (rank + 1) * per_rank]
         load[rank] = share[held].sum()
-        tail[rank] = tail_load(held, share, scratch, constants)
+        tail[rank] = tail_load(held, share, kin, constants)
     return visits, node_visits, load, tail, touched, node_touched
 
 
 @compiled
 def _relocate(
     slots: IntArray,
-    share: FloatArray,
+    loads: Loads,
     served: Served,
     n_tokens: int,
     shape: LongArray,
@@ -120,17 +122,17 @@ def _relocate(
     rng: np.random.Generator,
 ) -> None:
     """The search, in place. A swap is applied to the counters, priced, and undone if dearer."""
-    n_ranks, per_node, n_groups = shape
+    share, kin = loads
+    n_ranks, per_node = shape
     n_trials, within_nodes, cap = limits
     start, tokens = served
     n_slots, per_rank = len(slots), len(slots) // n_ranks
     row = np.arange(n_slots)  # which row of `served` the expert in a slot brought along
     visits, node_visits, load, tail, touched, node_touched = _count(
-        slots, share, served, n_tokens, shape, constants
+        slots, loads, served, n_tokens, shape, constants
     )
     price = seconds_of(load, tail, touched, node_touched, constants)
     cap = max(cap, load.max())
-    scratch = np.zeros(n_groups)
     for trial in range(n_trials):
         own = int(rng.random() * n_slots)
         if trial % 4 == 1:
@@ -155,7 +157,7 @@ def _relocate(
         slots[own], slots[other] = slots[other], slots[own]
         for place in (rank, to):
             held = slots[place * per_rank : (place + 1) * per_rank]
-            tail[place] = tail_load(held, share, scratch, constants)
+            tail[place] = tail_load(held, share, kin, constants)
         _move(going, coming, visits, touched, rank, to)
         if node != to_node:
             _move(going, coming, node_visits, node_touched, node, to_node)

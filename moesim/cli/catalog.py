@@ -82,6 +82,7 @@ def _model(spec: ModelSpec, name: str) -> dict[str, Any]:
     from traces.errors import TraceError
     from traces.models import catalog_entry
 
+    entry: dict[str, Any]
     try:
         entry = output.plain(catalog_entry(name))
         entry["published"] = {
@@ -90,8 +91,9 @@ def _model(spec: ModelSpec, name: str) -> dict[str, Any]:
         }
     except TraceError:
         entry = {"status": "config", "source": name}
+    shape: dict[str, Any] = output.plain(spec)
     return (
-        output.plain(spec)
+        shape
         | entry
         | {
             "name": spec.name,
@@ -185,18 +187,21 @@ def _link(link: Link) -> dict[str, Any]:
         figures = output.plain(load_component(link.name).figures)
     except HardwareError:
         figures = {}
-    return output.plain(link) | {"figures": figures}
+    used: dict[str, Any] = output.plain(link)
+    return used | {"figures": figures}
 
 
 def _device(device: Device) -> dict[str, Any]:
     from hwmodels.devices import about_device
     from hwmodels.errors import HardwareError
 
+    about: dict[str, Any]
     try:
         about = output.plain(about_device(device.name))
     except HardwareError:  # a host of several sockets has no entry of its own
         about = {}
-    return output.plain(device) | about
+    figures: dict[str, Any] = output.plain(device)
+    return figures | about
 
 
 def _everything() -> dict[str, Any]:
@@ -255,8 +260,8 @@ def _device_row(device: dict[str, Any]) -> tuple[object, ...]:
     return (
         device["name"],
         device["kind"],
-        device.get("year"),
-        f"{device['memory_bytes'] / 2**30:,.4g} GiB",
+        str(device.get("year", "")),
+        _size(device["memory_bytes"]),
         format_quantity(device["memory_bytes_per_s"], "B/s"),
         None if wide is None else format_quantity(wide, "FLOP/s"),
         None if narrow is None else format_quantity(narrow, "FLOP/s"),
@@ -290,6 +295,8 @@ def _show_one(document: dict[str, Any]) -> None:
 def _show_device(part: str, device: dict[str, Any]) -> None:
     said = ("kind", "vendor", "year", "aliases", "confidence", "note", "devices_per_node")
     facts = {key: device[key] for key in said if key in device}
+    if "year" in facts:
+        facts["year"] = str(facts["year"])
     output.facts(f"{part} {device['name']}", _flat(facts))
     _show_figures(f"figures of {device['name']}", device["figures"] or {})
 
@@ -312,9 +319,16 @@ def _with_unit(key: str, figure: Mapping[str, Any] | Figure) -> str:
     if group == "compute" or group == "compute_achieved":
         return format_quantity(value, "FLOP/s")
     if group == "capacity" or last in ("capacity", "usable", "on_chip"):
-        return f"{value / 2**30:,.4g} GiB" if value >= 2**30 else f"{value / 2**20:,.4g} MiB"
+        return _size(value)
     units = {"power": "W", "price": "USD/h", "launch": "s", "latency": "s", "energy": "J/B"}
     return format_quantity(value, units.get(group, "B/s"))
+
+
+def _size(n_bytes: float) -> str:
+    """Bytes in the largest binary unit that leaves at least 1."""
+    power = next((p for p in (40, 30, 20, 10) if n_bytes >= 2**p), 0)
+    unit = {40: "TiB", 30: "GiB", 20: "MiB", 10: "KiB", 0: "B"}[power]
+    return f"{n_bytes / 2**power:,.4g} {unit}"
 
 
 def _plot(name: str, model: str, path: Path) -> None:

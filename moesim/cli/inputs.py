@@ -140,7 +140,7 @@ def _model_called(name: str, path: Path) -> ModelSpec | None:
 
 
 def phase_of(evidence: RoutingTrace | ExpertCounts, name: str) -> str:
-    """ "decode" when the trace has decode tokens, else "prefill"; counts tell by the file's name."""
+    """The phase of a trace: decode if it has decode tokens; of counts by their file's name."""
     from traces.routing import DECODE, ExpertCounts
 
     if isinstance(evidence, ExpertCounts):

@@ -70,17 +70,20 @@ def table(
     title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], left: int = 1
 ) -> None:
     """A table to stdout; the first `left` columns are text, the others are set to the right."""
+    from rich import box
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     width = None if sys.stdout.isatty() else PIPE_WIDTH
-    grid = Table(title=Text(title), title_justify="left", title_style="bold")
+    grid = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for index, column in enumerate(columns):
         grid.add_column(Text(column), justify="left" if index < left else "right", overflow="fold")
     for row in rows:
         grid.add_row(*(Text(shown(cell)) for cell in row))
-    Console(width=width, highlight=False).print(grid)
+    console = Console(width=width, highlight=False)
+    console.print(Text(title, "bold"), soft_wrap=True)
+    console.print(grid)
 
 
 def facts(title: str, pairs: Mapping[str, object]) -> None:
@@ -99,7 +102,7 @@ def shown(value: object) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
-        return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
+        return f"{value:,.0f}" if abs(value) >= 1e3 else f"{value:#.4g}"
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 

@@ -18,6 +18,8 @@ from moesim.cli.inputs import (
 from moesim.errors import SimulationError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from hwmodels.system import System
     from moesim.lower.layer_costs import StepOptions
     from moesim.simulate import Result, Setting
@@ -62,7 +64,7 @@ def simulate(
     shared_overlap: Annotated[
         bool, typer.Option("--shared-overlap", help="Shared experts run during dispatch.")
     ] = False,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same answer.")] = 0,
     timeline: Annotated[
         Path | None, typer.Option(help="Write the first step here for ui.perfetto.dev.")
     ] = None,
@@ -72,8 +74,6 @@ def simulate(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
 ) -> None:
     """Run steps of a trace: seconds by component, tokens per second, dollars, bytes."""
-    if timeline is not None:
-        output.check_target(timeline)
     wish = _Wish(
         trace=trace,
         system=system,
@@ -88,18 +88,26 @@ def simulate(
         shared_overlap=shared_overlap,
         seed=seed,
     )
+    document = _run(wish, plan, timeline, out)
+    if as_json:
+        output.emit_json(document)
+    else:
+        _show(document)
+
+
+def _run(wish: _Wish, plan: Path | None, timeline: Path | None, out: Path | None) -> dict[str, Any]:
+    """Run every placement, write what was asked for, and give the record."""
+    if timeline is not None:
+        output.check_target(timeline)
     case = _case(wish, plan)
-    with output.progress(None, f"simulate up to {steps} steps"):
+    with output.progress(None, f"simulate up to {wish.steps} steps"):
         results = {name: _results(case, placement) for name, placement in case.placements.items()}
     document = _document(case, results)
     if timeline is not None:
         _write_timeline(case, timeline)
     if out is not None:
         _write_folder(case, results, document, output.result_folder(out))
-    if as_json:
-        output.emit_json(document)
-    else:
-        _show(document)
+    return document
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,7 +257,7 @@ def _document(case: _Case, results: dict[str, Result]) -> dict[str, Any]:
 
     last = results[next(reversed(results))]
     options = case.setting.options
-    per_placement = {
+    per_placement: dict[str, Callable[[Result], object]] = {
         "step_time_s": lambda r: float(r.seconds.mean()),
         "slowest_step_s": lambda r: float(r.seconds.max()),
         "tokens_per_s": lambda r: r.tokens_per_s,
@@ -329,46 +337,59 @@ def _csv_rows(document: dict[str, Any]) -> list[tuple[object, ...]]:
     ]
 
 
+_FIGURES = (  # what it is called, its key, the key of its kind, factor
+    ("tokens/s", "tokens_per_s", "tokens_per_s", 1.0),
+    ("slowest step, ms", "slowest_step_s", "seconds", 1e3),
+    ("USD per million tokens", "usd_per_million_tokens", "usd_per_million_tokens", 1.0),
+    ("joules per token", "joules_per_token", "joules_per_token", 1.0),
+    ("busiest rank over mean", "max_over_mean", "max_over_mean", 1.0),
+)
+
+
 def _show(document: dict[str, Any]) -> None:
     inputs, names = document["inputs"], list(document["step_time_s"])
     output.table(
         f"{inputs['model']} on {inputs['system']}, {inputs['slots']} slots, {inputs['phase']} of"
         f" {inputs['tokens_per_rank']} tokens per rank, {document['steps']} steps",
-        ["ms per step", *names, *(f"{name} %" for name in names)],
-        _table_rows(document, names),
+        ["ms per step", *(column for name in names for column in (name, "%"))],
+        _time_rows(document, names),
     )
-    for title, key, scale in _FIGURES:
-        values = {name: document[key][name] for name in names}
-        text = ", ".join(f"{name} {_scaled(value, scale)}" for name, value in values.items())
-        output.say(f"{title}: {text} ({document['kinds'][_KIND_OF.get(key, key)]})")
-    out = {name: moved["out"] / 1e3 for name, moved in document["bytes_per_token"].items()}
-    text = ", ".join(f"{name} {output.shown(value)}" for name, value in out.items())
-    output.say(f"kB per token between nodes: {text} ({document['kinds']['bytes_per_token']})")
+    output.table(
+        "figures, means over steps", ["figure", *names, "known"], _figure_rows(document, names)
+    )
 
 
-_FIGURES = (
-    ("tokens/s", "tokens_per_s", 1.0),
-    ("USD per million tokens", "usd_per_million_tokens", 1.0),
-    ("joules per token", "joules_per_token", 1.0),
-    ("busiest rank over mean", "max_over_mean", 1.0),
-    ("slowest step, ms", "slowest_step_s", 1e3),
-)
-_KIND_OF = {"slowest_step_s": "seconds"}
-
-
-def _scaled(value: float | None, scale: float) -> str:
-    return output.shown(None if value is None else value * scale)
-
-
-def _table_rows(document: dict[str, Any], names: list[str]) -> list[tuple[object, ...]]:
-    """A row per component and one for the whole step, in ms and in percent of it."""
+def _time_rows(document: dict[str, Any], names: list[str]) -> list[tuple[object, ...]]:
+    """A row per component that takes time and one for the step: ms and percent of it."""
     parts, totals = document["breakdown_s"], document["step_time_s"]
-    rows: list[tuple[object, ...]] = [
+    components = [c for c in parts[names[0]] if any(parts[name][c] for name in names)]
+    rows = [(c, {name: parts[name][c] for name in names}) for c in components]
+    return [
         (
-            component,
-            *(parts[name][component] * 1e3 for name in names),
-            *(100 * parts[name][component] / totals[name] for name in names),
+            title,
+            *(
+                cell
+                for name in names
+                for cell in (seconds[name] * 1e3, f"{seconds[name] / totals[name]:.1%}")
+            ),
         )
-        for component in parts[names[0]]
+        for title, seconds in [*rows, ("step", totals)]
     ]
-    return [*rows, ("step", *(totals[name] * 1e3 for name in names), *(100.0 for _ in names))]
+
+
+def _figure_rows(document: dict[str, Any], names: list[str]) -> list[tuple[object, ...]]:
+    """A row per figure: its value under each placement, and how it is known."""
+    kinds = document["kinds"]
+    rows = [
+        (title, *(_times(document[key][name], factor) for name in names), kinds[kind])
+        for title, key, kind, factor in _FIGURES
+    ]
+    moved = document["bytes_per_token"]
+    for title, side in (("kB/token in nodes", "up"), ("kB/token between nodes", "out")):
+        sent = (moved[name][side] / 1e3 for name in names)
+        rows.append((title, *sent, kinds["bytes_per_token"]))
+    return rows
+
+
+def _times(value: float | None, factor: float) -> float | None:
+    return None if value is None else value * factor

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from hwmodels.units import format_quantity
 from moesim.errors import SimulationError
 from moesim.report.figure import PALETTE, drawing
 
@@ -75,14 +76,14 @@ def _memory_roof(panel: Any, roofs: Roofs, low: float, top: float) -> None:
     ridge = top / roofs.bytes_per_s
     x = np.array([low, ridge])
     panel.plot(x, x * roofs.bytes_per_s, color=PALETTE[0], linewidth=2)
-    at = low * (ridge / low) ** 0.1
+    at = low * (ridge / low) ** 0.45
     panel.annotate(
-        f"memory {roofs.bytes_per_s / 1e12:.3g} TB/s",
+        f"memory {format_quantity(roofs.bytes_per_s, 'B/s')}",
         (at, at * roofs.bytes_per_s),
-        xytext=(0, 14),
+        xytext=(-8, 2),
         textcoords="offset points",
         color=PALETTE[0],
-        ha="center",
+        ha="right",
     )
 
 
@@ -92,12 +93,13 @@ def _compute_roof(
     names, line = style
     panel.plot(span, [peak, peak], color="black", linestyle=line, linewidth=1.4)
     panel.annotate(
-        f"{names}: {peak / 1e12:,.4g} TFLOP/s",
+        f"{names}\n{peak / 1e12:,.4g} TFLOP/s",
         (span[1], peak),
-        xytext=(-4, 3),
+        xytext=(5, 0),
         textcoords="offset points",
-        ha="right",
+        va="center",
         fontsize=9,
+        annotation_clip=False,
     )
 
 
@@ -118,4 +120,5 @@ def _series(panel: Any, series: Points, colour: str) -> None:
             textcoords="offset points",
             fontsize=8,
             color=colour,
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5},
         )

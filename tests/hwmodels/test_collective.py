@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from ep_examples import contiguous, h800_system, random_topk
 
 from hwmodels.collective import (
     all_to_all_law,
@@ -19,6 +18,7 @@ from hwmodels.device import Link
 from hwmodels.errors import HardwareError
 from hwmodels.system import System
 from planners.dispatch import DispatchCounts, dispatch_counts, source_ranks
+from tests.ep_examples import contiguous, h800_system, random_topk
 
 FP8_COPY, BF16_COPY = 7168 + 224, 2 * 7168
 HEADER = 16  # bytes of routing metadata beside each low-latency copy

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from ep_examples import H800, h800_system
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -33,6 +32,7 @@ from hwmodels.operators import (
     permute,
     routed_experts,
 )
+from tests.ep_examples import H800, h800_system
 
 H200 = replace(H800, name="h200", memory_bytes_per_s=4.8e12)
 V3_EXPERT = ExpertShape(7168, 2048)

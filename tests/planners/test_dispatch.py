@@ -6,7 +6,6 @@ from itertools import combinations
 
 import numpy as np
 import pytest
-from ep_examples import contiguous, random_topk, replicated
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -25,6 +24,7 @@ from planners.dispatch import (
 )
 from planners.errors import PlanError
 from planners.plan import Placement, replica_counts
+from tests.ep_examples import contiguous, random_topk, replicated
 from tests.oracles.dispatch_plain import FIELDS, local_slot, plain_counts
 
 seeds = st.integers(0, 2**32 - 1)

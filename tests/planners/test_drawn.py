@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
-from ep_examples import contiguous, replicated
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from planners.dispatch import Routing, expected_dispatch
 from planners.drawn import draw_tokens, drawn_dispatch
+from tests.ep_examples import contiguous, replicated
 
 ROUTING = Routing(4)
 

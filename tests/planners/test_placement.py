@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from hwmodels.collective import AllToAllLaw
 from hwmodels.cost import ExpertLaw
 from planners.dispatch import Routing
+from planners.drift import NO_DRIFT, Drift, group_kin, token_kin
 from planners.errors import PlanError
 from planners.expected_traffic import GroupChances, expected_price, relocate_expected, visit_share
 from planners.incumbents import Shape, contiguous, eplb_global, eplb_hierarchical
-from planners.layer import NO_DRIFT, LayerPrice, LayerTask, Search
+from planners.layer import LayerPrice, LayerTask, Search, tail_load
 from planners.placement import Evidence, PlacementOptions, plan_placement
 from planners.plan import max_over_mean, rank_loads, replica_counts
 from planners.step_time import MoeLaws
@@ -29,6 +30,7 @@ LAWS = MoeLaws(
     dispatch_bytes=4096.0,
     combine_bytes=8192.0,
 )
+DRIFT = Drift(relative_sd=0.4, kin_share=0.3, tail=2.0)
 WIRE_ONLY = LayerPrice(0.0, 0.0, 0.0, rank_copy_s=1.0, node_copy_s=0.0)
 
 
@@ -74,7 +76,9 @@ def test_experts_that_are_chosen_together_end_up_on_one_rank() -> None:
     counts = np.bincount(topk.ravel(), minlength=8).astype(float)[None]
     shape = Shape(n_ranks=4, n_slots=8, ranks_per_node=4)
     evidence = Evidence(counts, topk, Routing(2))
-    plan = plan_placement(evidence, shape, LAWS, PlacementOptions(2000, search=Search(200)))
+    plan = plan_placement(
+        evidence, shape, LAWS, PlacementOptions(2000, search=Search(200), drift=NO_DRIFT)
+    )
     pairs = plan.physical_to_logical_map.reshape(4, 2)
     assert all(abs(int(a) - int(b)) == 4 for a, b in pairs)
 
@@ -87,7 +91,9 @@ def test_equal_inputs_give_equal_plans() -> None:
 
 
 def _task(load: np.ndarray, copies: np.ndarray, **changes: object) -> LayerTask:
-    task = LayerTask(load / copies, 4, 2, 2, LayerPrice(1.0, 0.01, 0.001, 3.0, 2.0))
+    task = LayerTask(
+        load / copies, group_kin(16, 2), 4, 2, LayerPrice(1.0, 0.01, 0.001, 3.0, 2.0), DRIFT
+    )
     return replace(task, **changes)
 
 
@@ -131,7 +137,7 @@ def test_a_cap_on_the_busiest_rank_holds() -> None:
     load = np.bincount(topk.ravel(), minlength=8) * np.array([1.0, 1, 1, 1, 9, 1, 1, 1])
     start = eplb_global(load[None], Shape(4, 8, 4))
     busiest = rank_loads(start, load[None]).max()
-    task = LayerTask(load, 4, 4, 1, WIRE_ONLY, NO_DRIFT, cap=float(busiest))
+    task = LayerTask(load, np.eye(8), 4, 4, WIRE_ONLY, NO_DRIFT, cap=float(busiest))
     found = relocate(start.physical_to_logical_map[0], topk, task, Search(200))
     assert load[found].reshape(4, 2).sum(axis=1).max() <= busiest * (1 + 1e-12)
 
@@ -145,6 +151,25 @@ def test_visit_share_is_the_exact_chance_of_independent_choices() -> None:
         missed = np.prod([1 - expert[e] for e in held if e // 2 in open_groups])
         exact += chance * (1 - missed)
     assert visit_share(held, group, expert, np.zeros(2)) == pytest.approx(exact, rel=1e-12)
+
+
+def test_kin_is_one_for_experts_always_chosen_together_and_none_for_strangers() -> None:
+    kin = token_kin(_paired_tokens(4000, seed=2)[:, 0], n_experts=8)
+    assert kin[0, 4] == kin[3, 7] == 1.0
+    assert kin[0, 1] == kin[0, 5] == 0.0
+    independent = np.random.default_rng(0).integers(0, 8, (20_000, 1)).astype(np.int16)
+    assert token_kin(independent, 8).sum() == pytest.approx(8)
+
+
+def test_kin_on_one_rank_raise_its_tail() -> None:
+    load, kin = np.full(4, 10.0), group_kin(4, 2)
+    task = LayerTask(load, kin, 2, 2, WIRE_ONLY, DRIFT)
+    together, apart = np.array([0, 1], dtype=np.int32), np.array([0, 2], dtype=np.int32)
+    constants = task.constants()
+    tails = [tail_load(held, load, kin, constants) for held in (together, apart)]
+    assert tails[0] > tails[1] > 20.0
+    exact = 20.0 + 2.0 * 0.4 * np.sqrt(0.7 * 200 + 0.3 * 400)
+    assert tails[0] == pytest.approx(exact)
 
 
 def test_groups_that_do_not_divide_over_nodes_are_refused_by_name() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from ep_examples import DEEPSEEK_V3, H800, contiguous, h800_system, random_topk, replicated
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -32,6 +31,7 @@ from planners.step_time import (
     moe_seconds,
     step_seconds_from_counts,
 )
+from tests.ep_examples import DEEPSEEK_V3, H800, contiguous, h800_system, random_topk, replicated
 
 
 @settings(max_examples=25, deadline=None)
