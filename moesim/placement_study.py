@@ -12,7 +12,6 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
-from traces.batches import steps
 
 from hwmodels.system import System
 from moesim.errors import SimulationError
@@ -20,6 +19,7 @@ from moesim.lower.layer_costs import StepOptions
 from moesim.simulate import Result, Setting, simulate_counts, simulate_steps
 from planners.bounds import busiest_rank_bound, node_limited_bound
 from planners.dispatch import Routing
+from planners.drift import Drift
 from planners.incumbents import (
     Shape,
     contiguous,
@@ -33,6 +33,7 @@ from planners.migration import Migration, align, migration
 from planners.placement import Evidence, PlacementOptions, plan_placement
 from planners.plan import Placement, max_over_mean, rank_loads
 from planners.step_time import default_precision, laws_for
+from traces.batches import steps
 from traces.model import ModelSpec
 from traces.routing import ExpertCounts, RoutingTrace, expert_counts
 
@@ -50,6 +51,7 @@ class StudyOptions:
     step           how a step runs (tokens per rank, phase, what travels)
     node_limited   keep every expert group inside one node
     keep_balance   see PlacementOptions
+    drift          how far expert loads move until the plan is used
     current        what runs today: the name of an incumbent, or a placement
     least_gain     share of step time the plan must save, at the low end of the error bar
     most_steps     steps judged
@@ -59,6 +61,7 @@ class StudyOptions:
     step: StepOptions
     node_limited: bool = False
     keep_balance: bool | None = None
+    drift: Drift = Drift()
     current: str | Placement = "contiguous"
     least_gain: float = 0.01
     most_steps: int = 32
@@ -164,7 +167,7 @@ def placement_study(
         verdict=verdict(gains[current], options.least_gain),
         migration=moved,
         migration_s=moved.busiest_rank_bytes / link.bytes_per_s,
-        judged_on=_judged_on(planned, judged),
+        judged_on=_judged_on(planned, judged, setting, options),
         not_priced=_not_priced(planned, evidence),
         solve_s=solve_s,
     )
@@ -183,6 +186,7 @@ def _plan(
         node_limited=options.node_limited,
         keep_balance=options.keep_balance,
         search=replace(options.search, seed=options.seed),
+        drift=options.drift,
     )
     return plan_placement(evidence, shape, laws, wanted)
 
@@ -283,12 +287,17 @@ def _small(evidence: Input) -> Input:
     return replace(evidence, counts=evidence.counts[:1], layers=evidence.layers[:1])
 
 
-def _judged_on(planned: Input, judged: Input | None) -> str:
-    if judged is None:
+def _judged_on(
+    planned: Input, judged: Input | None, setting: Setting, options: StudyOptions
+) -> str:
+    if judged is None and isinstance(planned, ExpertCounts):
         return "the same counts it was planned on: no part was held out, expect less elsewhere"
-    if isinstance(judged, ExpertCounts):
+    evidence = planned if judged is None else judged
+    if isinstance(evidence, ExpertCounts):
         return "expert counts it was not planned on"
-    return f"{judged.n_tokens} tokens it was not planned on"
+    again = steps(evidence, setting.tokens_per_step, options.step.phase, options.seed).resampled
+    more = ", run again to fill a batch larger than its requests" if again else ""
+    return f"{evidence.n_tokens} tokens it was not planned on{more}"
 
 
 def _not_priced(planned: Input, judged: Input) -> tuple[str, ...]:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from traces.compiled import compiled
+
 FloatArray = npt.NDArray[np.float64]
 
 
@@ -51,13 +53,22 @@ def token_kin(topk: npt.NDArray[np.int16], n_experts: int) -> FloatArray:
     topk     int16[tokens, k] of one layer, -1 for missing
     returns  lift - 1 of the joint choice, clipped to 0..1; 1 on the diagonal
     """
-    chosen = np.zeros((len(topk), n_experts + 1), dtype=np.float32)
-    np.put_along_axis(chosen, topk.astype(np.int64), 1.0, axis=1)  # -1 is the last, spare column
-    chosen = chosen[:, :n_experts]
-    together = (chosen.T @ chosen).astype(np.float64)
+    together = _together(topk, n_experts)
     alone = np.diag(together).copy()
     by_chance = np.outer(alone, alone) / max(len(topk), 1)
     lift = np.divide(together, by_chance, out=np.zeros_like(together), where=by_chance > 0)
     kin = np.clip(lift - 1.0, 0.0, 1.0)
     np.fill_diagonal(kin, 1.0)
     return kin
+
+
+@compiled
+def _together(topk: npt.NDArray[np.int16], n_experts: int) -> FloatArray:
+    """float64[n_experts, n_experts]: tokens that chose both; alone on the diagonal."""
+    counts = np.zeros((n_experts, n_experts))
+    for token in range(topk.shape[0]):
+        for one in topk[token]:
+            for other in topk[token]:
+                if one >= 0 and other >= 0:
+                    counts[one, other] += 1.0
+    return counts

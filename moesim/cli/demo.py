@@ -11,14 +11,25 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moesim.cli import output
+from moesim.cli.placement import (
+    COLUMNS,
+    Request,
+    Resolved,
+    carry_out,
+    resolve,
+    rows,
+    sentences,
+    show,
+    write,
+)
 
 if TYPE_CHECKING:
-    from moesim.placement_study import Study, StudyOptions
+    from moesim.placement_study import Study
     from traces.model import ModelSpec
     from traces.routing import RoutingTrace
 
 SHAPED_LIKE = "gpt-oss-20b"  # also 32 experts, 4 per token: a size people serve
-SYSTEM, SLOTS = "h200x8", 40
+SYSTEM, SLOTS, TOKENS_PER_RANK = "h200x8", 40, 64
 
 
 @dataclass(slots=True)
@@ -45,13 +56,13 @@ def demo(
     """Statistics, plan, simulation, export and report for the trace that comes with moesim."""
     output.result_folder(folder)
     clock = Clock({})
-    document = clock.part("open the bundled trace", lambda: _open(folder))
-    trace, model = document
+    resolved, trace = clock.part("open the bundled trace", _open)
     stats = clock.part("statistics", lambda: _statistics(trace, folder))
-    study, options, record = clock.part("plan and judge", lambda: _plan(trace, model, folder))
-    clock.part("simulate one step", lambda: _timeline(trace, model, study, options, folder))
-    flags = clock.part("export for SGLang", lambda: _export(folder))
-    clock.part("pictures and report", lambda: _report(trace, model, study, record, flags, folder))
+    study, record = clock.part("plan and judge", lambda: carry_out(resolved))
+    pictures = clock.part("plan file and pictures", lambda: write(resolved, study, record, folder))
+    clock.part("timeline of one step", lambda: _timeline(trace, resolved, study, folder))
+    flags = clock.part("file for SGLang", lambda: _export(folder))
+    clock.part("report", lambda: _report(resolved.model, record, pictures, flags, folder))
     record["demo_seconds"] = clock.seconds
     output.write_json(folder / "result.json", record)
     if as_json:
@@ -79,12 +90,13 @@ def shaped(trace: RoutingTrace) -> ModelSpec:
     )
 
 
-def _open(folder: Path) -> tuple[RoutingTrace, ModelSpec]:
+def _open() -> tuple[Resolved, RoutingTrace]:
     from moesim.cli.inputs import open_trace
     from traces.routing import require_tokens
 
     trace = require_tokens(open_trace("bundled")[0], "the demo")
-    return trace, shaped(trace)
+    request = Request("bundled", system=SYSTEM, slots=SLOTS, tokens_per_rank=TOKENS_PER_RANK)
+    return resolve(request, trace, shaped(trace)), trace
 
 
 def _statistics(trace: RoutingTrace, folder: Path) -> Any:
@@ -95,49 +107,15 @@ def _statistics(trace: RoutingTrace, folder: Path) -> Any:
     return stats
 
 
-def _plan(
-    trace: RoutingTrace, model: ModelSpec, folder: Path
-) -> tuple[Study, StudyOptions, dict[str, Any]]:
-    from traces.edit import split
-
-    from hwmodels.systems import load_system
-    from moesim.lower.layer_costs import StepOptions
-    from moesim.placement_report import plan_file, study_document
-    from moesim.placement_study import StudyOptions, placement_study
-    from planners.planfile import write_plan
-    from traces.routing import content_hash
-
-    system = load_system(SYSTEM)
-    parts = split(trace, 0.5, seed=0)
-    options = StudyOptions(n_slots=SLOTS, step=StepOptions(tokens_per_rank=64))
-    study = placement_study(model, system, parts.plan, parts.judge, options)
-    inputs = {
-        "trace": "bundled",
-        "planned_sha256": content_hash(parts.plan),
-        "judged_sha256": content_hash(parts.judge),
-        "model": model.name,
-        "system": system.name,
-        "slots": SLOTS,
-        "phase": options.step.phase,
-        "tokens_per_rank": options.step.tokens_per_rank,
-    }
-    record = study_document(study, inputs)
-    write_plan(plan_file(study, model, system, options, record), folder / "plan.json")
-    return study, options, record
-
-
-def _timeline(
-    trace: RoutingTrace, model: ModelSpec, study: Study, options: StudyOptions, folder: Path
-) -> None:
-    from traces.batches import steps
-
-    from hwmodels.systems import load_system
+def _timeline(trace: RoutingTrace, resolved: Resolved, study: Study, folder: Path) -> None:
     from moesim.engine import run
     from moesim.simulate import Setting, step_timeline
     from moesim.timeline import write_chrome_trace
+    from traces.batches import steps
 
-    setting = Setting(model, load_system(SYSTEM), options.step)
-    rows = steps(trace, setting.tokens_per_step, options.step.phase, options.seed).rows
+    step = resolved.options.step
+    setting = Setting(resolved.model, resolved.system, step)
+    rows = steps(trace, setting.tokens_per_step, step.phase, resolved.options.seed).rows
     program, names = step_timeline(trace, study.placements["plan"], setting, rows[0])
     write_chrome_trace(program, run(program), folder / "step.trace.json", names)
 
@@ -150,22 +128,16 @@ def _export(folder: Path) -> tuple[str, ...]:
 
 
 def _report(
-    trace: RoutingTrace,
     model: ModelSpec,
-    study: Study,
     record: dict[str, Any],
+    pictures: list[Path],
     flags: tuple[str, ...],
     folder: Path,
 ) -> None:
-    from moesim.cli.placement import COLUMNS, rows, sentences
-    from moesim.placement_report import write_pictures
     from moesim.report.html import Section, page
     from planners.planfile import write_text
 
-    pictures = write_pictures(study, trace, folder)
-    table = rows(record)
-    output.write_csv(folder / "table.csv", COLUMNS, table)
-    cells = [[output.shown(cell) for cell in row] for row in table]
+    cells = [[output.shown(cell) for cell in row] for row in rows(record)]
     sections = [
         Section("What it says", text=sentences(record)),
         Section("Beside what runs today", columns=COLUMNS, rows=cells, pictures=pictures),
@@ -179,10 +151,8 @@ def _report(
 
 
 def _show(stats: Any, record: dict[str, Any], clock: Clock, folder: Path) -> None:
-    from moesim.cli.placement import show
-
     output.say(
-        f"The bundled trace: {stats.n_tokens:,} tokens, {stats.n_layers} MoE layers,"
+        f"The bundled trace: {stats.tokens:,} tokens, {len(stats.layers)} MoE layers,"
         f" {stats.n_experts} experts, {stats.top_k} per token."
     )
     show(record)

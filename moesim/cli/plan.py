@@ -30,6 +30,9 @@ def placement(
     share: Annotated[
         float, typer.Option(min=0.05, max=0.95, help="Share of the trace that is planned on.")
     ] = 0.5,
+    split: Annotated[
+        str, typer.Option(help="Hold out requests at random (request) or the last ones (order).")
+    ] = "request",
     model: Annotated[str, typer.Option(help="Name or config.json; else from the trace.")] = "",
     system: Annotated[str, typer.Option(help="Cluster, such as h800x32; see `catalog`.")] = "",
     ranks: Annotated[
@@ -59,6 +62,10 @@ def placement(
     current: Annotated[
         str, typer.Option(help="What runs today: an incumbent's name or a plan file.")
     ] = "contiguous",
+    drift: Annotated[
+        float,
+        typer.Option(min=0.0, help="Standard deviation of expert loads until the plan is used."),
+    ] = 0.3,
     least_gain: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="Share of a step that a plan must save.")
     ] = 0.01,
@@ -77,6 +84,7 @@ def placement(
         trace=_one_of(trace, trace_option),
         judge=judge,
         share=share,
+        split=split,
         model=model,
         system=system,
         ranks=ranks,
@@ -91,6 +99,7 @@ def placement(
         node_limited=node_limited,
         keep_balance=keep_balance,
         current=current,
+        drift=drift,
         least_gain=least_gain,
         steps=steps,
         seed=seed,

@@ -15,6 +15,7 @@ from moesim.cli.inputs import (
     require_model,
     usual_tokens_per_rank,
 )
+from moesim.cli.simulate_report import CSV_COLUMNS, csv_rows, show
 from moesim.errors import SimulationError
 
 if TYPE_CHECKING:
@@ -29,8 +30,6 @@ if TYPE_CHECKING:
     from traces.routing import ExpertCounts, RoutingTrace
 
     Input = RoutingTrace | ExpertCounts
-
-COLUMNS = ("component", "seconds", "share")
 
 
 def simulate(
@@ -92,7 +91,7 @@ def simulate(
     if as_json:
         output.emit_json(document)
     else:
-        _show(document)
+        show(document)
 
 
 def _run(wish: _Wish, plan: Path | None, timeline: Path | None, out: Path | None) -> dict[str, Any]:
@@ -141,7 +140,6 @@ class _Case:
 
 def _case(wish: _Wish, plan_path: Path | None) -> _Case:
     from moesim.simulate import Setting
-    from planners.incumbents import Shape, contiguous
     from planners.planfile import read_plan
 
     plan = None if plan_path is None else read_plan(plan_path)
@@ -149,18 +147,26 @@ def _case(wish: _Wish, plan_path: Path | None) -> _Case:
     model = require_model(found, "simulation")
     system = _system(wish, plan)
     setting = Setting(model, system, _options(wish, plan, evidence, system))
-    per_node = min(system.devices_per_node, system.n_devices)
+    placements = _placements(plan, model, system)
+    return _Case(wish, evidence, setting, placements, plan_path)
+
+
+def _placements(plan: PlanFile | None, model: ModelSpec, system: System) -> dict[str, Placement]:
+    """Contiguous, in as many slots as the plan has; and the plan."""
+    from planners.incumbents import Shape, contiguous
+    from planners.step_time import check_system
+
+    n_slots = -(-model.n_experts // system.n_devices) * system.n_devices
+    planned: dict[str, Placement] = {}
     if plan is None:
-        n_slots = -(-model.n_experts // system.n_devices) * system.n_devices
         output.note(f"no --plan: contiguous placement in {n_slots} slots")
     else:
-        n_slots = plan.n_slots
         _check_plan(plan, model)
-    shape = Shape(system.n_devices, n_slots, per_node)
-    placements = {"contiguous": contiguous(model.n_moe_layers, model.n_experts, shape)}
-    if plan is not None:
-        placements["plan"] = plan.placement()
-    return _Case(wish, evidence, setting, placements, plan_path)
+        planned["plan"] = plan.placement()
+        check_system(planned["plan"], system)
+        n_slots = plan.n_slots
+    shape = Shape(system.n_devices, n_slots, min(system.devices_per_node, system.n_devices))
+    return {"contiguous": contiguous(model.n_moe_layers, model.n_experts, shape)} | planned
 
 
 def _planned_model(plan: PlanFile | None) -> str | None:
@@ -322,74 +328,8 @@ def _write_folder(
     counts = evidence if isinstance(evidence, ExpertCounts) else expert_counts(evidence)
     loads = {name: rank_loads(p, counts.counts) for name, p in case.placements.items()}
     output.write_json(folder / "result.json", document)
-    output.write_csv(folder / "table.csv", ("placement", *COLUMNS), _csv_rows(document))
+    output.write_csv(folder / "table.csv", CSV_COLUMNS, csv_rows(document))
     rank_load_heatmaps(loads, folder / "rank_load.png", counts.layers)
     step_breakdown(
         {name: dict(r.breakdown_s) for name, r in results.items()}, folder / "step_time.png"
     )
-
-
-def _csv_rows(document: dict[str, Any]) -> list[tuple[object, ...]]:
-    return [
-        (name, component, seconds, seconds / document["step_time_s"][name])
-        for name, parts in document["breakdown_s"].items()
-        for component, seconds in parts.items()
-    ]
-
-
-_FIGURES = (  # what it is called, its key, the key of its kind, factor
-    ("tokens/s", "tokens_per_s", "tokens_per_s", 1.0),
-    ("slowest step, ms", "slowest_step_s", "seconds", 1e3),
-    ("USD per million tokens", "usd_per_million_tokens", "usd_per_million_tokens", 1.0),
-    ("joules per token", "joules_per_token", "joules_per_token", 1.0),
-    ("busiest rank over mean", "max_over_mean", "max_over_mean", 1.0),
-)
-
-
-def _show(document: dict[str, Any]) -> None:
-    inputs, names = document["inputs"], list(document["step_time_s"])
-    output.table(
-        f"{inputs['model']} on {inputs['system']}, {inputs['slots']} slots, {inputs['phase']} of"
-        f" {inputs['tokens_per_rank']} tokens per rank, {document['steps']} steps",
-        ["ms per step", *(column for name in names for column in (name, "%"))],
-        _time_rows(document, names),
-    )
-    output.table(
-        "figures, means over steps", ["figure", *names, "known"], _figure_rows(document, names)
-    )
-
-
-def _time_rows(document: dict[str, Any], names: list[str]) -> list[tuple[object, ...]]:
-    """A row per component that takes time and one for the step: ms and percent of it."""
-    parts, totals = document["breakdown_s"], document["step_time_s"]
-    components = [c for c in parts[names[0]] if any(parts[name][c] for name in names)]
-    rows = [(c, {name: parts[name][c] for name in names}) for c in components]
-    return [
-        (
-            title,
-            *(
-                cell
-                for name in names
-                for cell in (seconds[name] * 1e3, f"{seconds[name] / totals[name]:.1%}")
-            ),
-        )
-        for title, seconds in [*rows, ("step", totals)]
-    ]
-
-
-def _figure_rows(document: dict[str, Any], names: list[str]) -> list[tuple[object, ...]]:
-    """A row per figure: its value under each placement, and how it is known."""
-    kinds = document["kinds"]
-    rows = [
-        (title, *(_times(document[key][name], factor) for name in names), kinds[kind])
-        for title, key, kind, factor in _FIGURES
-    ]
-    moved = document["bytes_per_token"]
-    for title, side in (("kB/token in nodes", "up"), ("kB/token between nodes", "out")):
-        sent = (moved[name][side] / 1e3 for name in names)
-        rows.append((title, *sent, kinds["bytes_per_token"]))
-    return rows
-
-
-def _times(value: float | None, factor: float) -> float | None:
-    return None if value is None else value * factor

@@ -149,7 +149,7 @@ def generate(
     out: OutFile,
     source: Annotated[
         str,
-        typer.Argument(metavar="[TRACE]", help="Trace whose statistics are kept; else --zipf."),
+        typer.Argument(metavar="[TRACE]", help="Trace whose statistics are kept."),
     ] = "",
     tokens: Annotated[
         int, typer.Option(min=0, help="Tokens to generate [as many as the source, or 10,000].")
@@ -158,12 +158,16 @@ def generate(
         int, typer.Option(min=0, help="Requests to generate, in place of --tokens.")
     ] = 0,
     zipf: Annotated[
-        float, typer.Option(min=0.0, help="Without TRACE: skew of popularity, 0 is even.")
-    ] = 1.0,
+        float | None,
+        typer.Option(help="Without TRACE: exponent of popularity, 0 is even [1]."),
+    ] = None,
     reuse: Annotated[
-        float, typer.Option(min=0.0, help="Without TRACE: weight of the token before, 0 is none.")
-    ] = 0.0,
-    model: ModelText = "",
+        float | None,
+        typer.Option(help="Without TRACE: chance that an expert of the token before stays [0]."),
+    ] = None,
+    model: Annotated[
+        str, typer.Option(help="Name or config.json: whose layers and experts, without TRACE.")
+    ] = "",
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:

@@ -181,11 +181,24 @@ def test_generate_without_a_source_draws_from_a_law(tmp_path: Path) -> None:
     assert content_hash(made("--seed", 3)) != content_hash(made("--seed", 4))
 
 
+def test_generate_makes_as_many_requests_as_asked(tmp_path: Path) -> None:
+    out = tmp_path / "made.parquet"
+    for source in ((trace_file(tmp_path),), ("--model", "mixtral-8x7b")):
+        ran = moesim("trace", "generate", *source, "-o", out, "--requests", 7)
+        assert ran.code == 0, ran.err
+        assert len(np.unique(stored(out).request)) == 7
+
+
 def test_generate_refuses_what_it_cannot_make(tmp_path: Path) -> None:
     out = tmp_path / "made.parquet"
     both = ("--tokens", 5, "--requests", 5)
     refused(moesim("trace", "generate", "-o", out, *both, "--model", "mixtral-8x7b"), "one of them")
-    refused(moesim("trace", "generate", "-o", out), "pass --model")
+    refused(moesim("trace", "generate", "-o", out), "--model says how many layers")
+    refused(moesim("trace", "generate", "-o", out, "--model", "nope"), "'nope'")
+    law = ("--model", "mixtral-8x7b", "--reuse", 1.5)
+    refused(moesim("trace", "generate", "-o", out, *law), "reuse=1.5, expected a chance in 0..1")
+    source = trace_file(tmp_path)
+    refused(moesim("trace", "generate", source, "-o", out, "--zipf", 1), "leave TRACE out")
     refused(moesim("trace", "generate", counts_file(tmp_path), "-o", out), "needs token order")
     assert not out.exists()
 

@@ -1,8 +1,8 @@
 """The compiled engine against its specification in SimPy.
 
-Long programs that keep several shared pools full without a pause are chaotic (a change of one
-size by 1e-14 grows a thousandfold with every thousand tasks in the benchmark's case), so no two implementations agree on them
-to 1e-9; the long programs here have idle gaps and waits, as real ones do.
+Long programs that keep several shared pools full without a pause are chaotic: in the benchmark's
+case a change of one size by 1e-14 grows a thousandfold with every thousand tasks, so no two
+implementations agree on them to 1e-9. The long programs here have gaps and waits, as real ones.
 """
 
 from __future__ import annotations
