@@ -1,4 +1,4 @@
-"""System: n equal devices in nodes, joined by a fast link inside a node and a slower one between."""
+"""System: n equal devices in nodes, one fast link inside a node and a slower one between."""
 
 from __future__ import annotations
 

@@ -105,7 +105,7 @@ def write_pictures(study: Study, judged: Input, folder: Path) -> list[Path]:
     shown = [study.current, *(n for n in ("eplb_global", "plan") if n != study.current)]
     loads = {name: rank_loads(study.placements[name], counts.counts) for name in shown}
     heat, bars = folder / "rank_load.png", folder / "step_time.png"
-    rank_load_heatmaps(loads, heat)
+    rank_load_heatmaps(loads, heat, judged.layers)
     step_breakdown({n: dict(r.breakdown_s) for n, r in study.results.items()}, bars)
     return [heat, bars]
 

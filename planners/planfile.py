@@ -6,7 +6,6 @@ their hashes, the figures of the plan and of every incumbent, the bound and the 
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from planners.errors import PlanError
 from planners.plan import Placement
+from traces.files import write_text
 
 _MOST_BYTES = 1 << 30
 Count = Annotated[int, Field(gt=0, le=1 << 20)]
@@ -112,18 +112,6 @@ def read_plan(path: Path) -> PlanFile:
     return plan
 
 
-def write_text(text: str, path: Path) -> None:
-    """Write beside the target, then rename: the file appears whole or not at all."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        beside.write_text(text)
-        beside.replace(path)
-    except OSError as error:
-        raise PlanError(f"{path}: {error.strerror}") from error
-    finally:
-        beside.unlink(missing_ok=True)
-
-
 def write_plan(plan: PlanFile, path: Path) -> None:
     """Write a plan file."""
-    write_text(plan.model_dump_json(indent=1) + "\n", path)
+    write_text(path, plan.model_dump_json(indent=1) + "\n")

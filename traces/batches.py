@@ -1,15 +1,20 @@
 """Steps of work from a trace: which tokens a serving system would run together.
 
 Decode is lock-step continuous batching: every slot of the batch runs one request token by token,
-and takes the next request when it ends. Prefill fills steps with requests one after the other.
-A trace with too few requests for the batch is run again from random places ("resampled"): expert
-popularity, reuse inside a request and co-activation survive that, the variety of requests in a
-batch does not.
+and takes the next request when it ends. Prefill fills steps with requests one after the other, a
+long one going on in the next step (chunked prefill). A trace that logged forward passes can be run
+as it was instead.
+
+A trace with fewer requests than slots is run again and again, every run from a random token of its
+request on and round to it ("resampled"). What survives that: the popularity of experts, which
+experts one token chooses together and from layer to layer, and reuse inside a request but for the
+one seam of each run. What does not: the variety of requests in a batch, so that a step touches
+fewer distinct experts and its load is less even than with as many real requests; and the
+independence of steps, so that an error bar over steps is too narrow.
 """
 
 from __future__ import annotations
 
-import heapq
 from dataclasses import dataclass
 from typing import Literal
 
@@ -29,18 +34,25 @@ class Steps:
 
     rows       int64[steps, tokens_per_step] indices into the trace; column i is batch slot i, which
                a decode request keeps for its whole life
-    resampled  whether tokens occur more than once, because the trace is too short for the batch
+    resampled  whether tokens may occur more than once, because the trace is too short for the batch
+    left_out   tokens of the phase that are in no step: after the last full one, or, when forward
+               passes were asked for, in passes of another size or kind
     """
 
     rows: Rows
     resampled: bool
+    left_out: int = 0
 
 
-def steps(trace: RoutingTrace, tokens_per_step: int, phase: Phase, seed: int) -> Steps:
+def steps(
+    trace: RoutingTrace, tokens_per_step: int, phase: Phase, seed: int, by_forward: bool = False
+) -> Steps:
     """All full steps that the trace's tokens of one phase make, requests in a shuffled order.
 
     tokens_per_step  tokens of a step over all ranks
-    raises           TraceError when the trace has no token of the phase
+    by_forward       instead, the logged forward passes that held exactly tokens_per_step tokens,
+                     all of this phase, in the order they ran
+    raises           TraceError when the trace has no token of the phase, or no such forward pass
     """
     if tokens_per_step < 1:
         raise TraceError(f"tokens_per_step={tokens_per_step}, expected at least 1")
@@ -50,48 +62,86 @@ def steps(trace: RoutingTrace, tokens_per_step: int, phase: Phase, seed: int) ->
     of_phase = np.flatnonzero(trace.phase == code)
     if not len(of_phase):
         raise TraceError(f"the trace has no {phase} token; pass --phase for the other")
+    if by_forward:
+        rows, resampled = _as_logged(trace, code, tokens_per_step), False
+    else:
+        rows, resampled = _batched(trace, of_phase, tokens_per_step, seed)
+    seen = np.zeros(trace.n_tokens, dtype=bool)
+    seen[rows] = True
+    return Steps(rows, resampled, len(of_phase) - int(seen.sum()))
+
+
+def source_rank(made: Steps, n_ranks: int) -> npt.NDArray[np.int32]:
+    """int32[tokens_per_step]: the rank that runs attention for each slot, the same in every step.
+
+    Data-parallel attention in equal consecutive blocks: slot i is on rank i // (slots / n_ranks),
+    and a decode request stays on its rank because it stays in its slot.
+    raises  TraceError when the slots cannot be shared out equally
+    """
+    n_slots = made.rows.shape[1]
+    if n_ranks < 1 or n_slots % n_ranks:
+        raise TraceError(f"n_ranks={n_ranks}, expected a divisor of {n_slots} tokens per step")
+    return np.repeat(np.arange(n_ranks, dtype=np.int32), n_slots // n_ranks)
+
+
+def _batched(
+    trace: RoutingTrace, of_phase: Rows, tokens_per_step: int, seed: int
+) -> tuple[Rows, bool]:
+    """Steps of the given rows, and whether they are resampled."""
     rng = np.random.default_rng(seed)
-    requests = _tokens_by_request(trace, of_phase)
-    order = [requests[i] for i in rng.permutation(len(requests))]
-    if phase == "prefill":
-        return _in_a_row(np.concatenate(order), tokens_per_step)
-    return _lock_step(order, tokens_per_step, rng)
+    tokens = of_phase[np.lexsort((trace.position[of_phase], trace.request[of_phase]))]
+    cuts = np.flatnonzero(np.diff(trace.request[tokens])) + 1
+    start = np.concatenate(([0], cuts))
+    size = np.diff(np.append(start, len(tokens)))
+    order = rng.permutation(len(start))
+    if trace.phase[of_phase[0]] == DECODE:
+        return _lock_step(tokens, start[order], size[order], tokens_per_step, rng)
+    whole = np.repeat(start[order] - (np.cumsum(size[order]) - size[order]), size[order])
+    return _in_a_row(tokens[whole + np.arange(len(tokens))], tokens_per_step)
 
 
-def _tokens_by_request(trace: RoutingTrace, rows: Rows) -> list[Rows]:
-    """The given rows, a piece per request, by position."""
-    order = rows[np.lexsort((trace.position[rows], trace.request[rows]))]
-    cuts = np.flatnonzero(np.diff(trace.request[order])) + 1
-    return np.split(order, cuts)
-
-
-def _in_a_row(tokens: Rows, tokens_per_step: int) -> Steps:
+def _in_a_row(tokens: Rows, tokens_per_step: int) -> tuple[Rows, bool]:
     """Full steps of consecutive tokens; a trace shorter than a step is repeated to fill one."""
     if len(tokens) < tokens_per_step:
-        return Steps(np.resize(tokens, (1, tokens_per_step)), resampled=True)
+        return np.resize(tokens, (1, tokens_per_step)), True
     n_steps = len(tokens) // tokens_per_step
-    rows = tokens[: n_steps * tokens_per_step].reshape(n_steps, tokens_per_step)
-    return Steps(rows, resampled=False)
+    return tokens[: n_steps * tokens_per_step].reshape(n_steps, tokens_per_step), False
 
 
-def _lock_step(requests: list[Rows], n_slots: int, rng: np.random.Generator) -> Steps:
+def _lock_step(
+    tokens: Rows, start: Rows, size: Rows, n_slots: int, rng: np.random.Generator
+) -> tuple[Rows, bool]:
     """One request per slot at a time; stops before a step in which a slot would stand idle."""
-    n_tokens = sum(len(tokens) for tokens in requests)
-    resampled = len(requests) < n_slots or n_tokens < n_slots
-    n_steps = max(1, n_tokens // n_slots) if resampled else n_tokens // n_slots
-    rows = np.full((n_steps, n_slots), -1, dtype=np.int64)
-    free = [(0, slot) for slot in range(n_slots)]  # (step from which the slot is free, slot)
-    served = 0
-    while free[0][0] < n_steps and (resampled or served < len(requests)):
-        start, slot = heapq.heappop(free)
-        tokens = requests[served % len(requests)]
-        if resampled:
-            tokens = np.roll(tokens, -int(rng.integers(len(tokens))))
-        served += 1
-        end = min(start + len(tokens), n_steps)
-        rows[start:end, slot] = tokens[: end - start]
-        heapq.heappush(free, (end, slot))
-    full = free[0][0]
-    if full == 0:
-        raise TraceError(f"no step of {n_slots} tokens: {len(requests)} requests are too short")
-    return Steps(rows[:full], resampled)
+    from traces.batch_kernels import lock_step
+
+    resampled = len(size) < n_slots
+    rows = np.empty((max(1, len(tokens) // n_slots), n_slots), dtype=np.int64)
+    offset = np.zeros(len(size), dtype=np.int64)
+    if resampled:
+        # every slot ends at most one run before its time, so this many are enough
+        n_runs = n_slots + -(-rows.size // int(size.min()))
+        offset = rng.integers(0, size[np.arange(n_runs) % len(size)])
+    full = lock_step(size, offset, start, rows)
+    return tokens[rows[:full]], resampled
+
+
+def _as_logged(trace: RoutingTrace, code: int, tokens_per_step: int) -> Rows:
+    """Rows of the forward passes of exactly tokens_per_step tokens, all of the phase."""
+    if trace.forward is None:
+        raise TraceError("by_forward: the trace logs no forward passes (no forward column)")
+    order = np.argsort(trace.forward, kind="stable")
+    start = np.concatenate(([0], np.flatnonzero(np.diff(trace.forward[order])) + 1))
+    size = np.diff(np.append(start, len(order)))
+    of_phase = np.add.reduceat((trace.phase[order] == code).astype(np.int64), start)
+    pure = size == of_phase
+    fitting = pure & (size == tokens_per_step)
+    if not fitting.any():
+        found = (
+            f"passes of 1 phase have {size[pure].min()}..{size[pure].max()}"
+            if pure.any()
+            else ("all passes mix the phases")
+        )
+        raise TraceError(
+            f"tokens_per_step={tokens_per_step}: no forward pass of exactly that many; {found}"
+        )
+    return np.asarray(order[start[fitting][:, None] + np.arange(tokens_per_step)])

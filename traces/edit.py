@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from traces.errors import TraceError
 from traces.routing import RoutingTrace
@@ -91,7 +92,9 @@ def select(
 
 
 def concat(traces: Sequence[RoutingTrace]) -> RoutingTrace:
-    """The traces one after the other, requests kept apart; optional arrays only if all have them.
+    """The traces one after the other; requests and forward passes are numbered anew, kept apart.
+
+    Optional arrays (forward, weights, scores) are kept only if all traces have them.
 
     raises  TraceError when models, layers, experts or top_k differ
     """
@@ -102,15 +105,23 @@ def concat(traces: Sequence[RoutingTrace]) -> RoutingTrace:
             ours, theirs = getattr(traces[0], field), getattr(trace, field)
             if ours != theirs:
                 raise TraceError(f"concat: {field} is {ours} in one trace and {theirs} in another")
-    shifted = []
-    next_request = 0
-    for trace in traces:
-        _, request = np.unique(trace.request, return_inverse=True)
-        shifted.append((request.reshape(-1) + next_request).astype(np.int32))
-        next_request += int(request.max(initial=-1)) + 1
-    fields: dict[str, Any] = {"request": np.concatenate(shifted)}
-    for name in ("topk", "position", "phase", "forward", "weights", "scores"):
+    fields: dict[str, Any] = {}
+    for name in ("topk", "request", "position", "phase", "forward", "weights", "scores"):
         arrays = [getattr(trace, name) for trace in traces]
-        complete = all(array is not None for array in arrays)
-        fields[name] = np.concatenate(arrays) if complete else None
+        if any(array is None for array in arrays):
+            fields[name] = None
+        elif name in ("request", "forward"):
+            fields[name] = _numbered_apart(arrays).astype(arrays[0].dtype)
+        else:
+            fields[name] = np.concatenate(arrays)
     return replace(traces[0], **fields)
+
+
+def _numbered_apart(arrays: Sequence[npt.NDArray[Any]]) -> npt.NDArray[np.int64]:
+    """Ids 0, 1, 2, ... in the order of the old ones within an array, arrays one after the other."""
+    renumbered, used = [], 0
+    for ids in arrays:
+        distinct, inverse = np.unique(ids, return_inverse=True)
+        renumbered.append(inverse.reshape(-1).astype(np.int64) + used)
+        used += len(distinct)
+    return np.concatenate(renumbered)

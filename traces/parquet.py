@@ -7,7 +7,6 @@ of the same kind with one row a layer. Writing goes beside the target, then rena
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +18,7 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from traces.errors import TraceError
+from traces.files import replacing
 from traces.routing import ExpertCounts, RoutingTrace, content_hash
 
 _KEY = b"moesim"
@@ -65,12 +65,8 @@ def write(trace: RoutingTrace | ExpertCounts, path: Path, rows_per_group: int = 
         content_sha256=content_hash(trace),
     )
     table = table.replace_schema_metadata({_KEY: header.model_dump_json().encode()})
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
+    with replacing(path) as beside:
         pq.write_table(table, beside, compression="zstd", row_group_size=rows_per_group)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def read(path: Path) -> RoutingTrace | ExpertCounts:

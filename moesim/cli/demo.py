@@ -135,7 +135,7 @@ def _report(
     folder: Path,
 ) -> None:
     from moesim.report.html import Section, page
-    from planners.planfile import write_text
+    from traces.files import write_text
 
     cells = [[output.shown(cell) for cell in row] for row in rows(record)]
     sections = [
@@ -147,7 +147,7 @@ def _report(
             code="python -m sglang.launch_server --model-path MODEL " + " ".join(flags),
         ),
     ]
-    write_text(page("A placement plan for the bundled trace", sections), folder / "report.html")
+    write_text(folder / "report.html", page("A placement plan for the bundled trace", sections))
 
 
 def _show(stats: Any, record: dict[str, Any], clock: Clock, folder: Path) -> None:

@@ -20,7 +20,7 @@ from typer.models import ArgumentInfo, OptionInfo
 
 from moesim.cli import output
 from moesim.cli.main import app, root
-from moesim.files import write_bytes
+from traces.files import write_bytes
 
 TARGET = Path(__file__).resolve().parents[2] / "docs" / "cli.md"
 _HEAD = """\

@@ -16,7 +16,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
-from moesim.files import write_bytes
+from traces.files import write_bytes
 
 PIPE_WIDTH = 200  # columns of a table when stdout is not a terminal
 

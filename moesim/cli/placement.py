@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moesim.cli import output
-from moesim.cli.inputs import open_trace, require_model
+from moesim.cli.inputs import open_trace, phase_of, require_model, usual_tokens_per_rank
 from moesim.errors import SimulationError
 
 if TYPE_CHECKING:
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     Input = RoutingTrace | ExpertCounts
 
 DEFAULT_DEVICE = "h200"
-TOKENS_PER_RANK = {"decode": 128, "prefill": 2048}
-LEAST_STEPS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,8 +178,8 @@ def _step(request: Request, system: System, judged: Input) -> StepOptions:
     ):
         if value not in known:
             raise SimulationError(f"{flag} {value!r} is unknown, known: {', '.join(known)}")
-    phase = request.phase or _phase(judged, request.judge or request.trace)
-    tokens = request.tokens_per_rank or _tokens_per_rank(phase, judged, system.n_devices)
+    phase = request.phase or phase_of(judged, request.judge or request.trace)
+    tokens = request.tokens_per_rank or usual_tokens_per_rank(judged, phase, system.n_devices)
     return StepOptions(
         tokens_per_rank=tokens,
         phase=phase,  # type: ignore[arg-type]  # StepOptions checks it
@@ -190,30 +188,6 @@ def _step(request: Request, system: System, judged: Input) -> StepOptions:
         mode=request.send,  # type: ignore[arg-type]
         rule=request.replica_rule,  # type: ignore[arg-type]
     )
-
-
-def _phase(judged: Input, name: str) -> str:
-    """decode if the trace has decode tokens; counts tell only by their file's name."""
-    from traces.routing import DECODE, ExpertCounts
-
-    if isinstance(judged, ExpertCounts):
-        phase = "prefill" if "prefill" in Path(name).name else "decode"
-        output.note(f"phase {phase} assumed for expert counts; pass --phase for the other")
-        return phase
-    return "decode" if (judged.phase == DECODE).any() else "prefill"
-
-
-def _tokens_per_rank(phase: str, judged: Input, n_ranks: int) -> int:
-    """The usual size of a step, halved until a trace fills a few steps."""
-    from traces.routing import DECODE, ExpertCounts
-
-    tokens = TOKENS_PER_RANK.get(phase, TOKENS_PER_RANK["decode"])
-    if isinstance(judged, ExpertCounts):
-        return tokens
-    available = int(((judged.phase == DECODE) == (phase == "decode")).sum())
-    while tokens > 1 and tokens * n_ranks * LEAST_STEPS > available:
-        tokens //= 2
-    return tokens
 
 
 def _current(text: str) -> str | Placement:

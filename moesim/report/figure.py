@@ -9,7 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from moesim.files import write_bytes
+from traces.files import write_bytes
 
 DPI = 120
 # Okabe and Ito's palette: told apart with any colour vision. Grey and black come last.

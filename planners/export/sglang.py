@@ -16,7 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from planners.errors import PlanError
-from planners.planfile import PlanFile, write_text
+from planners.planfile import PlanFile
+from traces.files import write_text
 
 IntArray = npt.NDArray[np.int32]
 
@@ -95,6 +96,6 @@ def write(plan: PlanFile, map_file: Path, all_to_all: str = "deepep") -> SglangE
         "figures": plan.figures,
         "versions": plan.versions,
     }
-    write_text(json.dumps({"physical_to_logical_map": table.tolist()}) + "\n", map_file)
-    write_text(json.dumps(provenance, indent=1) + "\n", sidecar)
+    write_text(map_file, json.dumps({"physical_to_logical_map": table.tolist()}) + "\n")
+    write_text(sidecar, json.dumps(provenance, indent=1) + "\n")
     return SglangExport(map_file, sidecar, flags)

@@ -84,9 +84,9 @@ def test_no_pool_gives_more_in_any_span_of_time_than_its_rate_allows(program: Pr
                 inside = [
                     t for t in users if timeline.start_s[t] >= begin and timeline.end_s[t] <= end
                 ]
-                drawn = program.bytes[inside].sum()
-                if drawn:
-                    assert drawn <= program.pool_rate[pool] * (end - begin) * (1 + CLOSE) + CLOSE
+                if inside:
+                    needed = program.bytes[inside].sum() / program.pool_rate[pool]
+                    assert needed <= (end - begin) * (1 + CLOSE) + CLOSE
 
 
 @quick
