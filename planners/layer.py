@@ -82,7 +82,7 @@ class Search:
     within_nodes     swaps stay inside a node, so groups stay where they are
     """
 
-    trials_per_slot: int = 60
+    trials_per_slot: int = 100
     within_nodes: bool = False
     seed: int = 0
 

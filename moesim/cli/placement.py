@@ -78,7 +78,8 @@ def run(request: Request, folder: Path | None) -> dict[str, Any]:
 
 def resolve(request: Request, evidence: Input, model: ModelSpec) -> Resolved:
     """Everything the request names beside the trace and the model."""
-    planned, judged = _parts(request, evidence)
+    _require_all_layers(request.trace, evidence, model)
+    planned, judged = _parts(request, evidence, model)
     system = _system(request)
     options = _options(request, model, system, planned, judged)
     return Resolved(request, model, system, planned, judged, options)
@@ -110,18 +111,27 @@ def write(resolved: Resolved, study: Study, document: dict[str, Any], folder: Pa
     return write_pictures(study, judged, folder)
 
 
-def _parts(request: Request, evidence: Input) -> tuple[Input, Input | None]:
+def _parts(request: Request, evidence: Input, model: ModelSpec) -> tuple[Input, Input | None]:
     """What is planned on, and what is judged on (None: the same counts)."""
     from traces.edit import split
     from traces.routing import ExpertCounts
 
     if request.judge:
-        judged, _ = open_trace(request.judge, request.model or None)
+        judged, spec = open_trace(request.judge, request.model or None)
+        _require_all_layers(request.judge, judged, spec or model)
         return evidence, judged
     if isinstance(evidence, ExpertCounts):
         return evidence, None
     parts = split(evidence, request.share, request.split, request.seed)  # type: ignore[arg-type]
     return parts.plan, parts.judge
+
+
+def _require_all_layers(name: str, evidence: Input, model: ModelSpec) -> None:
+    if evidence.layers != model.moe_layers:
+        raise SimulationError(
+            f"{name}: layers: holds {evidence.n_layers} MoE layers {evidence.layers[:3]}..., expected"
+            f" all {model.n_moe_layers} of {model.name}; a plan cannot leave layers out"
+        )
 
 
 def _system(request: Request) -> System:
