@@ -9,7 +9,7 @@ THREADS ?= 2
 demo: $(VENV)/.run
 	$(BIN)/moesim demo
 
-test: $(VENV)/.dev
+test: $(VENV)/.dev $(VENV)/.compiled
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict
@@ -23,6 +23,12 @@ $(VENV)/.run: pyproject.toml | $(VENV)
 $(VENV)/.dev: pyproject.toml | $(VENV)
 	$(BIN)/pip install --quiet --editable '.[dev]'
 	touch $@ $(VENV)/.run
+
+# numba's cache notices a change in a compiled function's own file only, not in those it calls.
+SOURCES := $(shell find traces hwmodels planners moesim -name '*.py' 2>/dev/null)
+$(VENV)/.compiled: $(SOURCES) | $(VENV)
+	find traces hwmodels planners moesim -name '*.nb[ci]' -delete
+	touch $@
 
 $(VENV):
 	$(PYTHON) -m venv $(VENV)

@@ -136,12 +136,9 @@ def _as_logged(trace: RoutingTrace, code: int, tokens_per_step: int) -> Rows:
     pure = size == of_phase
     fitting = pure & (size == tokens_per_step)
     if not fitting.any():
-        found = (
-            f"passes of 1 phase have {size[pure].min()}..{size[pure].max()}"
-            if pure.any()
-            else ("all passes mix the phases")
-        )
+        sizes = f"{size[pure].min()}..{size[pure].max()} tokens" if pure.any() else "both phases"
         raise TraceError(
-            f"tokens_per_step={tokens_per_step}: no forward pass of exactly that many; {found}"
+            f"tokens_per_step={tokens_per_step}: no forward pass of exactly that many tokens of the"
+            f" phase and no others; the passes logged hold {sizes}"
         )
     return np.asarray(order[start[fitting][:, None] + np.arange(tokens_per_step)])

@@ -11,6 +11,10 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def compiled(function: _Function) -> _Function:
-    """The function, compiled when first called: arrays in, arrays out, no objects, no I/O."""
+    """The function, compiled when first called: arrays in, arrays out, no objects, no I/O.
+
+    The cache on disk notices changes in the function's own file only. After editing a compiled
+    function that another file's compiled code calls, run `make test` or delete the *.nbi files.
+    """
     fast: _Function = numba.njit(cache=True)(function)
     return fast

@@ -129,8 +129,8 @@ def _parts(request: Request, evidence: Input, model: ModelSpec) -> tuple[Input, 
 def _require_all_layers(name: str, evidence: Input, model: ModelSpec) -> None:
     if evidence.layers != model.moe_layers:
         raise SimulationError(
-            f"{name}: layers: holds {evidence.n_layers} MoE layers {evidence.layers[:3]}..., expected"
-            f" all {model.n_moe_layers} of {model.name}; a plan cannot leave layers out"
+            f"{name}: layers: holds {evidence.n_layers} MoE layers ({evidence.layers[:3]}...),"
+            f" expected all {model.n_moe_layers} of {model.name}; a plan cannot leave layers out"
         )
 
 
