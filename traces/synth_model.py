@@ -13,12 +13,9 @@ import numpy.typing as npt
 from traces import synth_kernels as kernels
 from traces.errors import TraceError
 from traces.routing import RoutingTrace
+from traces.synth_kernels import Doubles, Flags, Floats, Ids, Index
 
-Ids = npt.NDArray[np.int16]
-Flags = npt.NDArray[np.bool_]
-Index = npt.NDArray[np.int64]
-Floats = npt.NDArray[np.float32]
-Doubles = npt.NDArray[np.float64]
+AGES_TOKENS = (1, 2, 4, 8, 16, 32, 64)  # upper ends of the buckets of age; then "older or never"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,14 +48,14 @@ class RequestShapes:
 class Places:
     """One row a token to be generated, request after request.
 
-    shape     int64[tokens], index of the source request that this token's request copies
+    template  int64[tokens], the source request whose shape and tilt this token's request has
     request   int32[tokens], 0, 1, 2, ...
     position  int32[tokens]
     phase     int8[tokens]
     first     bool[tokens], first token of its request
     """
 
-    shape: Index
+    template: Index
     request: npt.NDArray[np.int32]
     position: npt.NDArray[np.int32]
     phase: npt.NDArray[np.int8]
@@ -67,10 +64,11 @@ class Places:
 
 @dataclass(frozen=True, slots=True)
 class RoutingModel:
-    """Log weights of the generator (float32) and its token types (float64).
+    """Log weights of the generator (float32) and how its token types follow each other (float64).
 
     popularity  [layers, experts]
     reuse       [layers, experts], added when the request's token before chose the expert
+    recency     [layers, buckets of AGES_TOKENS], added by tokens since the request chose it last
     affinity    [layers - 1, experts, experts], added for each expert i of the layer before
     types       [types, layers, experts], of the token's type
     tilt_basis  [rank, layers, experts] and tilt_score [requests, rank]: of the request
@@ -80,6 +78,7 @@ class RoutingModel:
 
     popularity: Floats
     reuse: Floats
+    recency: Floats
     affinity: Floats
     types: Floats
     tilt_basis: Floats
@@ -88,26 +87,30 @@ class RoutingModel:
     follow: Doubles
 
 
+def age_buckets() -> Index:
+    """int64[66], the bucket of AGES_TOKENS of each age in tokens, up to "older or never"."""
+    return np.searchsorted(AGES_TOKENS, np.arange(AGES_TOKENS[-1] + 2)).astype(np.int64)
+
+
+def starts(request: npt.NDArray[np.int32]) -> Flags:
+    """bool[tokens], whether a row has another request than the row before."""
+    first = np.ones(len(request), dtype=np.bool_)
+    first[1:] = request[1:] != request[:-1]
+    return first
+
+
 def request_shapes(ordered: RoutingTrace) -> RequestShapes:
     """Lengths and phases of a trace whose rows are in request order."""
     first = starts(ordered.request)
     new_run = first.copy()
     new_run[1:] |= np.diff(ordered.phase) != 0
-    run_at = np.flatnonzero(new_run)
-    request_at = np.flatnonzero(first)
+    run_at, request_at = np.flatnonzero(new_run), np.flatnonzero(first)
     return RequestShapes(
         run_start=np.append(np.searchsorted(run_at, request_at), len(run_at)),
         run_phase=ordered.phase[run_at],
         run_length=np.diff(np.append(run_at, len(first))),
         first_position=ordered.position[request_at].astype(np.int64),
     )
-
-
-def starts(request: npt.NDArray[np.integer]) -> Flags:
-    """bool[tokens], whether a row has another request than the row before."""
-    first = np.ones(len(request), dtype=np.bool_)
-    first[1:] = request[1:] != request[:-1]
-    return first
 
 
 def place_tokens(
@@ -122,43 +125,46 @@ def place_tokens(
         raise TraceError(
             f"n_requests={n_requests}, n_tokens={n_tokens}: give exactly one, at least 1"
         )
-    mean = 1.0 if n_tokens is None else float(shapes.lengths.mean())
-    cycles = int(np.ceil(size / mean / shapes.n_requests)) + (n_tokens is not None)
+    per_cycle = shapes.n_requests if n_tokens is None else int(shapes.lengths.sum())
+    cycles = -(-size // per_cycle)
     order = np.concatenate([rng.permutation(shapes.n_requests) for _ in range(cycles)])
-    order = order[:n_requests]
-    places = _places_of(shapes, order)
-    return places if n_tokens is None else _cut(places, n_tokens)
+    return _places_of(shapes, order[:n_requests], n_tokens)
 
 
 def draw(model: RoutingModel, places: Places, top_k: int, rng: np.random.Generator) -> Ids:
-    """int16[tokens, layers, top_k] expert ids, drawn without replacement; heavier ones first."""
+    """int16[tokens, layers, top_k] distinct expert ids; likelier ones tend to come first."""
     n_requests, _, n_types = model.mix.shape
     mix = model.mix.reshape(2 * n_requests, n_types)
-    mix_row = 2 * places.shape + places.phase
+    mix_row = 2 * places.template + places.phase
     types = kernels.draw_types(places.first, mix_row, mix, model.follow, rng)
     weights = (
         np.exp(model.types + model.popularity),
         model.tilt_score,
         model.tilt_basis,
         np.exp(model.reuse),
+        age_buckets(),
+        np.exp(model.recency),
         np.exp(model.affinity),
-        top_k,
     )
-    return kernels.draw_experts(places.first, places.shape, types, weights, rng)
+    topk = np.empty((len(places.first), model.popularity.shape[0], top_k), dtype=np.int16)
+    kernels.draw_experts(places.first, places.template, types, weights, topk, rng)
+    return topk
 
 
-def _places_of(shapes: RequestShapes, order: Index) -> Places:
+def _places_of(shapes: RequestShapes, order: Index, n_tokens: int | None) -> Places:
+    """Tokens of the requests in the given order, cut after n_tokens."""
     lengths = shapes.lengths[order]
-    runs_each = np.diff(shapes.run_start)[order]
-    run = _ranges(shapes.run_start[order], runs_each)
+    run = _ranges(shapes.run_start[order], np.diff(shapes.run_start)[order])
     first_row = np.repeat(np.cumsum(lengths) - lengths, lengths)
     within = np.arange(int(lengths.sum())) - first_row
+    request = np.repeat(np.arange(len(order), dtype=np.int32), lengths)
+    position = np.repeat(shapes.first_position[order], lengths) + within
     return Places(
-        shape=np.repeat(order, lengths),
-        request=np.repeat(np.arange(len(order), dtype=np.int32), lengths),
-        position=(np.repeat(shapes.first_position[order], lengths) + within).astype(np.int32),
-        phase=np.repeat(shapes.run_phase[run], shapes.run_length[run]),
-        first=within == 0,
+        template=np.repeat(order, lengths)[:n_tokens],
+        request=request[:n_tokens],
+        position=position.astype(np.int32)[:n_tokens],
+        phase=np.repeat(shapes.run_phase[run], shapes.run_length[run])[:n_tokens],
+        first=(within == 0)[:n_tokens],
     )
 
 
@@ -166,13 +172,3 @@ def _ranges(start: Index, size: Index) -> Index:
     """start[0], start[0] + 1, ... (size[0] of them), then from start[1], and so on."""
     offset = np.repeat(start - (np.cumsum(size) - size), size)
     return np.asarray(offset + np.arange(int(size.sum())))
-
-
-def _cut(places: Places, n_tokens: int) -> Places:
-    return Places(
-        places.shape[:n_tokens],
-        places.request[:n_tokens],
-        places.position[:n_tokens],
-        places.phase[:n_tokens],
-        places.first[:n_tokens],
-    )
