@@ -69,18 +69,21 @@ def main(arguments: list[str]) -> int:
     for column in (
         "ranks", "send", "solve s (max)", "layers less balanced", "node-limited gap (max)",
         "own step time", "unseen step time: mean", "worst", "pairs", "worse",
+        "of one phase: worst", "pairs ", "worse ",
     ):  # fmt: skip
         table.add_column(column, justify="right")
     worse = 0
     for shape in SHAPES[:1] if small else SHAPES:
         for mode in ("device",) if small else ("device", "node"):
-            own, unseen, solve_s, gaps, unbalanced = [], [], [], [], 0
+            own, unseen, akin, solve_s, gaps, unbalanced = [], [], [], [], [], 0
             for plan in found:
                 for judge in found:
                     result = study(plan, judge, shape, mode)
                     seconds = {n: r.seconds.mean() for n, r in result.results.items()}
                     ratio = seconds["plan"] / min(seconds[form] for form in EPLB)
                     (own if judge is plan else unseen).append(ratio)
+                    if judge is not plan and judge.phase == plan.phase:
+                        akin.append(ratio)
                     if judge is plan:
                         solve_s.append(result.solve_s)
                         gaps.append(result.node_limited.gap)
@@ -92,9 +95,10 @@ def main(arguments: list[str]) -> int:
             table.add_row(
                 str(shape[0]), mode, f"{max(solve_s):.2f}", str(unbalanced), f"{max(gaps):.2%}",
                 f"{np.mean(own):.4f}", f"{np.mean(unseen):.4f}", f"{max(unseen):.4f}",
-                str(len(unseen)), str(lost),
+                str(len(unseen)), str(lost), f"{max(akin, default=0):.4f}", str(len(akin)),
+                str(int((np.array(akin) > 1).sum())),
             )  # fmt: skip
-    Console(width=160).print(table)
+    Console(width=200).print(table)
     return worse
 
 
