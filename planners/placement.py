@@ -93,8 +93,6 @@ def plan_placement(
     starts = []
     if not options.node_limited:
         starts.append(_packed(step_load, shape))
-        if not judge.can_price_traffic:
-            candidates.append(_levelled(starts[-1], step_load, within_nodes=False))
     if shape.n_nodes > 1 and shape.n_groups % shape.n_nodes == 0:
         starts.append(_levelled(_spread(step_load, shape), step_load, within_nodes=True))
         starts.append(_levelled(eplb_hierarchical(step_load, shape), step_load, within_nodes=True))
@@ -102,7 +100,8 @@ def plan_placement(
         candidates.append(start)
         if judge.can_price_traffic:
             candidates.append(judge.searched(start, caps))
-    return judge.best(candidates, caps)
+    levelled = _levelled(starts[0], step_load, within_nodes=options.node_limited)
+    return judge.best([*candidates, levelled], caps)
 
 
 def check_groups(shape: Shape, n_experts: int, node_limited: bool) -> None:
@@ -176,12 +175,19 @@ class _Layerwise:
         return replace(start, physical_to_logical_map=slots)
 
     def best(self, candidates: list[Placement], caps: FloatArray) -> Placement:
-        """Layer by layer the candidate with the least seconds whose busiest rank is under cap."""
+        """Layer by layer the candidate with the least seconds among the soundest.
+
+        First comes that no rank is over its cap, then that no rank holds an expert twice. The last
+        candidate is levelled to the planned load; where traffic is priced it only stands in for a
+        layer without another sound one.
+        """
         seconds = np.stack([self._seconds(candidate) for candidate in candidates])
         busiest = np.stack([rank_loads(c, self.step_load).max(axis=1) for c in candidates])
-        doubled = np.stack([_doubled(candidate) for candidate in candidates])
-        seconds = np.where(busiest <= caps * (1 + 1e-9), seconds * (1 + doubled), np.inf)
-        chosen = seconds.argmin(axis=0)
+        tier = np.where(busiest > caps * (1 + 1e-9), 4, 0)
+        tier += np.where(np.stack([_doubles(c) for c in candidates]), 2, 0)
+        if self.can_price_traffic:
+            tier[-1] += 1
+        chosen = (tier * 2 * seconds.max(axis=0) + seconds).argmin(axis=0)
         tables = np.stack([c.physical_to_logical_map for c in candidates])
         table = tables[chosen, np.arange(len(chosen))]
         return replace(candidates[0], physical_to_logical_map=table)
@@ -246,13 +252,16 @@ def _incumbent_forms(load: FloatArray, shape: Shape, node_limited: bool) -> list
     return forms
 
 
-def _doubled(placement: Placement) -> FloatArray:
-    """float64[layers]: share of slots that repeat an expert of their own rank, a waste."""
+def _doubles(placement: Placement) -> npt.NDArray[np.bool_]:
+    """bool[layers]: whether some rank holds an expert twice.
+
+    That nearly always wastes a slot; a hot expert on every rank of a node is the exception.
+    """
     by_rank = placement.physical_to_logical_map.reshape(
         placement.n_layers, placement.n_ranks, placement.slots_per_rank
     )
     ordered = np.sort(by_rank, axis=2)
-    return np.asarray((ordered[..., 1:] == ordered[..., :-1]).mean(axis=(1, 2)))
+    return np.asarray((ordered[..., 1:] == ordered[..., :-1]).any(axis=(1, 2)))
 
 
 def _packed(load: FloatArray, shape: Shape) -> Placement:

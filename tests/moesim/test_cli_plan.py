@@ -179,3 +179,25 @@ def test_plans_of_one_text_domain_say_how_much_of_the_gain_survives_on_another(
     document = moesim(*command, "--json").json()
     assert document["gain_on_planned_part"]["mean"] > 0.05
     assert document["gain_surviving_share"] < 0.8
+
+
+@pytest.mark.needs_shared
+@pytest.mark.parametrize("form", [(), ("--node-limited",)])
+def test_a_plan_for_deepseek_v3_goes_from_recorded_counts_to_sglangs_file(
+    shared: Path, tmp_path: Path, form: tuple[str, ...]
+) -> None:
+    dump = shared / "raw" / "sglang-logical-count-decode_in2000out100.json"
+    mine, target = tmp_path / "mine.parquet", tmp_path / "placement.json"
+    assert moesim("trace", "import", dump, "-o", mine, "--model", "deepseek-v3").code == 0
+    cluster = ("--system", "h800x64", "--slots", 320, "--steps", 2)
+    ran = moesim("plan", "placement", mine, *cluster, *form, "-o", tmp_path, "--json")
+    assert ran.code == 0
+    assert moesim("export", tmp_path / "plan.json", "--to", "sglang", "-o", target).code == 0
+    table = np.array(json.loads(target.read_text())["physical_to_logical_map"])
+    assert table.shape == (61, 320)
+    document, layers = ran.json(), ran.json()["per_layer"]["max_over_mean"]
+    incumbents = ("eplb_hierarchical",) if form else ("eplb_hierarchical", "eplb_global")
+    for name in incumbents:
+        assert (np.array(layers["plan"]) <= np.array(layers[name]) * (1 + 1e-9)).all()
+        assert document["step_time_s"]["plan"] <= document["step_time_s"][name]
+    assert document["node_limited"]["gap"] < 0.02
