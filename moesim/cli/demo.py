@@ -12,13 +12,10 @@ import typer
 
 from moesim.cli import output
 from moesim.cli.placement import (
-    COLUMNS,
     Request,
     Resolved,
     carry_out,
     resolve,
-    rows,
-    sentences,
     show,
     write,
 )
@@ -59,10 +56,9 @@ def demo(
     resolved, trace = clock.part("open the bundled trace", _open)
     stats = clock.part("statistics", lambda: _statistics(trace, folder))
     study, record = clock.part("plan and judge", lambda: carry_out(resolved))
-    pictures = clock.part("plan file and pictures", lambda: write(resolved, study, record, folder))
+    clock.part("plan, pictures, report", lambda: write(resolved, study, record, folder))
     clock.part("timeline of one step", lambda: _timeline(trace, resolved, study, folder))
-    flags = clock.part("file for SGLang", lambda: _export(folder))
-    clock.part("report", lambda: _report(resolved.model, record, pictures, flags, folder))
+    clock.part("file for SGLang", lambda: _export(folder))
     record["demo_seconds"] = clock.seconds
     output.write_json(folder / "result.json", record)
     if as_json:
@@ -120,34 +116,11 @@ def _timeline(trace: RoutingTrace, resolved: Resolved, study: Study, folder: Pat
     write_chrome_trace(program, run(program), folder / "step.trace.json", names)
 
 
-def _export(folder: Path) -> tuple[str, ...]:
+def _export(folder: Path) -> None:
     from planners.export import sglang
     from planners.planfile import read_plan
 
-    return sglang.write(read_plan(folder / "plan.json"), folder / "sglang.json").flags
-
-
-def _report(
-    model: ModelSpec,
-    record: dict[str, Any],
-    pictures: list[Path],
-    flags: tuple[str, ...],
-    folder: Path,
-) -> None:
-    from moesim.report.html import Section, page
-    from traces.files import write_text
-
-    cells = [[output.shown(cell) for cell in row] for row in rows(record)]
-    sections = [
-        Section("What it says", text=sentences(record)),
-        Section("Beside what runs today", columns=COLUMNS, rows=cells, pictures=pictures),
-        Section(
-            "Use it",
-            text=[f"Priced as {model.name}; the file for SGLang is sglang.json."],
-            code="python -m sglang.launch_server --model-path MODEL " + " ".join(flags),
-        ),
-    ]
-    write_text(folder / "report.html", page("A placement plan for the bundled trace", sections))
+    sglang.write(read_plan(folder / "plan.json"), folder / "sglang.json")
 
 
 def _show(stats: Any, record: dict[str, Any], clock: Clock, folder: Path) -> None:

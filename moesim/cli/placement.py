@@ -97,10 +97,11 @@ def carry_out(resolved: Resolved) -> tuple[Study, dict[str, Any]]:
     return study, study_document(study, _inputs(resolved))
 
 
-def write(resolved: Resolved, study: Study, document: dict[str, Any], folder: Path) -> list[Path]:
-    """Plan, record, table and pictures into the folder; returns the pictures."""
+def write(resolved: Resolved, study: Study, document: dict[str, Any], folder: Path) -> None:
+    """Plan, record, table, pictures and a page that shows them, into the folder."""
     from moesim.placement_report import plan_file, write_pictures
     from planners.planfile import write_plan
+    from traces.files import write_text
 
     output.result_folder(folder)
     plan = plan_file(study, resolved.model, resolved.system, resolved.options, document)
@@ -108,7 +109,23 @@ def write(resolved: Resolved, study: Study, document: dict[str, Any], folder: Pa
     output.write_json(folder / "result.json", document)
     output.write_csv(folder / "table.csv", COLUMNS, rows(document))
     judged = resolved.planned if resolved.judged is None else resolved.judged
-    return write_pictures(study, judged, folder)
+    pictures = write_pictures(study, judged, folder)
+    write_text(folder / "report.html", _page(document, pictures))
+
+
+def _page(document: dict[str, Any], pictures: list[Path]) -> str:
+    """The study as one page of HTML."""
+    from moesim.report.html import Section, page
+
+    cells = [[output.shown(cell) for cell in row] for row in rows(document)]
+    return page(
+        f"A placement plan for {document['inputs']['model']}",
+        [
+            Section("What it says", text=sentences(document)),
+            Section(_title(document), columns=_headings(), rows=cells, pictures=pictures),
+            Section("Use it", code="moesim export plan.json --to sglang -o placement.json"),
+        ],
+    )
 
 
 def _parts(request: Request, evidence: Input, model: ModelSpec) -> tuple[Input, Input | None]:
@@ -260,15 +277,21 @@ def rows(document: dict[str, Any]) -> list[tuple[object, ...]]:
 
 def show(document: dict[str, Any]) -> None:
     """The study for people: a table, then what it means."""
-    inputs = document["inputs"]
-    output.table(
-        f"{inputs['model']} on {inputs['system']}, {inputs['slots']} slots, {inputs['phase']} of"
-        f" {inputs['tokens_per_rank']} tokens per rank",
-        [name.replace("_", " ").replace("pct", "%") for name in COLUMNS],
-        rows(document),
-    )
+    output.table(_title(document), _headings(), rows(document))
     for sentence in sentences(document):
         output.say(sentence)
+
+
+def _title(document: dict[str, Any]) -> str:
+    inputs = document["inputs"]
+    return (
+        f"{inputs['model']} on {inputs['system']}, {inputs['slots']} slots, {inputs['phase']} of"
+        f" {inputs['tokens_per_rank']} tokens per rank"
+    )
+
+
+def _headings() -> list[str]:
+    return [name.replace("_", " ").replace("pct", "%") for name in COLUMNS]
 
 
 def sentences(document: dict[str, Any]) -> list[str]:
