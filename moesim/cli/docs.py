@@ -75,6 +75,7 @@ def parameters(command: Callable[..., Any]) -> list[Parameter]:
     return [
         _parameter(name, hints[name], parameter.default)
         for name, parameter in inspect.signature(command).parameters.items()
+        if hasattr(hints[name], "__metadata__")  # the library's own context is no flag
     ]
 
 

@@ -8,6 +8,7 @@ before they run, so `moesim --help` is fast.
 from __future__ import annotations
 
 import errno
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -73,15 +74,24 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def root(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
+    config: Annotated[
+        Path | None,
+        typer.Option("--config", help="TOML file of flags, a table per command; typed ones win."),
+    ] = None,
     no_progress: Annotated[
         bool, typer.Option("--no-progress", help="Draw no progress bar; may stand anywhere.")
     ] = False,
 ) -> None:
     """Routing trace of a Mixture-of-Experts model in, placement plan with proof out."""
     output.show_progress.set(not no_progress)
+    if config is not None:
+        from moesim.cli.config import flags_from
+
+        context.default_map = flags_from(config, context.command)
 
 
 def run() -> None:
