@@ -91,7 +91,7 @@ def plan_placement(
     candidates = _incumbent_forms(step_load, shape, options.node_limited)
     caps = _caps(candidates, step_load, evidence, options)
     starts = []
-    if not options.node_limited:
+    if not options.node_limited or shape.n_nodes == 1:
         starts.append(_packed(step_load, shape))
     if shape.n_nodes > 1 and shape.n_groups % shape.n_nodes == 0:
         starts.append(_levelled(_spread(step_load, shape), step_load, within_nodes=True))

@@ -124,6 +124,12 @@ def test_bad_input_is_one_line_and_exit_code_two(
     assert not out.exists()
 
 
+def test_on_one_node_a_node_limit_changes_nothing(tmp_path: Path) -> None:
+    limited = moesim(*flags(tmp_path, "--node-limited", "--json")).json()
+    free = moesim(*flags(tmp_path, "--json")).json()
+    assert limited["step_time_s"]["plan"] == free["step_time_s"]["plan"]
+
+
 def test_unknown_models_and_devices_are_refused_with_the_near_ones(tmp_path: Path) -> None:
     trace = trace_file(tmp_path)
     command = ("plan", "placement", trace, "--slots", 12)
