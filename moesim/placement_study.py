@@ -143,9 +143,8 @@ def placement_study(
     placements, current = _incumbents(load, shape, options)
     _plan(model, system, _small(planned), shape, options)  # compile before the clock starts
     started = time.perf_counter()
-    plan = _plan(model, system, planned, shape, options)
+    plan = align(_plan(model, system, planned, shape, options), placements[current])
     solve_s = time.perf_counter() - started
-    plan = align(plan, placements[current])
     placements["plan"] = plan
     evidence = planned if judged is None else judged
     moved = migration(plan, placements[current], expert_bytes(setting))
