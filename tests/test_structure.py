@@ -45,7 +45,7 @@ def _functions(path: Path) -> Iterator[ast.FunctionDef]:
 
 def _is_compiled(function: ast.FunctionDef) -> bool:
     marks = " ".join(ast.unparse(mark) for mark in function.decorator_list)
-    return any(word in marks for word in ("compiled", "njit", "command", "_inlined"))
+    return any(word in marks for word in ("compiled", "njit", "triton.jit", "command", "_inlined"))
 
 
 def _lines_without_docstring(function: ast.FunctionDef) -> int:
