@@ -1,4 +1,4 @@
-"""`moesim trace`: bring traces in, look at them, cut them, make them, check them."""
+"""`moesim trace`: bring traces in, look at them, cut them, make them, capture, check them."""
 
 from __future__ import annotations
 
@@ -184,6 +184,47 @@ def generate(
         output.emit_json(document)
     else:
         output.facts("generated", document)
+
+
+@app.command()
+def capture(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Folder of a Hugging Face MoE, or its name.")
+    ],
+    prompts: Annotated[
+        Path, typer.Option(help="Prompts, one a line: text, or .jsonl of texts or token ids.")
+    ],
+    out: OutFile,
+    new_tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens to generate per prompt; the last is never routed.")
+    ] = 32,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts generated together.")] = 8,
+    scores: Annotated[
+        bool, typer.Option(help="Store the router's logits: n_experts numbers a layer and token.")
+    ] = True,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    dtype: Annotated[
+        str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")
+    ] = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Run a Hugging Face MoE over prompts and store what its routers chose."""
+    from moesim.cli.trace_capture import CaptureWish, captured
+    from traces import parquet
+
+    output.check_target(out)
+    wish = CaptureWish(model, prompts, new_tokens, batch_size, scores, device, dtype)
+    made = captured(wish)
+    parquet.write(made, out)
+    findings = _findings(made)
+    document = {"file": str(out)} | _about(made)
+    if as_json:
+        output.emit_json(document | {"findings": output.plain(findings)})
+    else:
+        output.facts("captured", document)
+        _say_findings(findings)
+    if _has_errors(findings):
+        output.note(f"warning: {out} was written although checks found errors")
 
 
 @app.command()
