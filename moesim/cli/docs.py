@@ -102,7 +102,7 @@ def _kind(hint: Any) -> str:
     if isinstance(hint, types.UnionType):  # Path | None
         hint = next(part for part in hint.__args__ if part is not type(None))
     if typing.get_origin(hint) is list:
-        return _kind(hint.__args__[0]) + ", given twice"
+        return _kind(hint.__args__[0]) + ", repeated"
     return {bool: "", int: "INTEGER", float: "FLOAT", str: "TEXT", Path: "PATH"}[hint]
 
 

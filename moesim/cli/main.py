@@ -16,7 +16,8 @@ from typer.core import TyperGroup
 
 from hwmodels.errors import HardwareError
 from moesim import __version__
-from moesim.cli import catalog, demo, export, output, plan, simulate, trace
+from moesim.cli import bench, calibrate, catalog, demo, export, output, plan, simulate, trace
+from moesim.cli import validate as validate_commands
 from moesim.errors import SimulationError
 from planners.errors import PlanError
 from traces.errors import TraceError
@@ -64,6 +65,9 @@ app.add_typer(catalog.app, name="catalog")
 app.add_typer(plan.app, name="plan")
 app.command("simulate")(simulate.simulate)
 app.command("export")(export.export)
+app.command("bench")(bench.bench)
+app.command("calibrate")(calibrate.calibrate)
+app.add_typer(validate_commands.app, name="validate")
 
 
 def _version(wanted: bool) -> None:

@@ -1,0 +1,1 @@
+"""The microbenchmarks, one family a file; read `points.py` (what is measured) first."""
