@@ -148,8 +148,8 @@ def test_training_lowers_the_loss_and_repeats_itself(small: tuple[Any, Any, Any]
     shape, plan, domains = small
     from traces.data.training import train
 
-    _, result = train(shape, plan, domains, domains)
-    _, again = train(shape, plan, domains, domains)
+    _, result, _ = train(shape, plan, domains, domains)
+    _, again, _ = train(shape, plan, domains, domains)
     assert result.validation_loss < 0.8 * np.log(shape.vocab_size)
     assert again.validation_loss == result.validation_loss
 
@@ -163,7 +163,7 @@ def test_capture_routes_validly_and_cache_equals_recomputation(
     from traces.data.capture import CapturePlan, RouterRecorder, capture
     from traces.data.training import train
 
-    model, _ = train(shape, plan, domains, domains)
+    model, *_ = train(shape, plan, domains, domains)
     requests = CapturePlan(2, prompt_tokens=(10, 12), decode_tokens=(3, 5))
     trace, names = capture(model, domains, requests, "test")
     assert names == list(domains) * 2

@@ -13,7 +13,7 @@ import random
 import re
 import subprocess
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +30,13 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     "man-polish": ("manpages-pl",),
     "man-russian": ("manpages-ru",),
     "man-japanese": ("manpages-ja",),
+}
+LARGER_PACKAGES: dict[str, tuple[str, ...]] = {
+    **PACKAGES,
+    "man-chinese": ("manpages-zh",),
+    "code-go": ("golang-1.19-src",),
+    "code-rust": ("rust-src",),
+    "code-cpp": ("libboost1.74-dev",),
 }
 SKIPPED_FOLDERS = {"test", "tests", "site-packages", "encodings", "pydoc_data", "__pycache__"}
 MIN_DOCUMENT_CHARS = 1200
@@ -69,19 +76,27 @@ class Corpus:
     sources: dict[str, str]
 
 
-def gather(folder: Path, *, seed: int, domain_bytes: int, held_out_share: float) -> Corpus:
+def gather(
+    folder: Path,
+    *,
+    seed: int,
+    domain_bytes: int,
+    held_out_share: float,
+    packages: Mapping[str, tuple[str, ...]] = PACKAGES,
+) -> Corpus:
     """Fetch, clean, cap and split the corpus.
 
     folder          where packages are unpacked (kept; a second call finds them there)
     domain_bytes    most UTF-8 bytes kept of one domain, so that no domain rules the training
     held_out_share  share of each domain's documents that training never sees
+    packages        Debian packages of each domain besides Python's standard library
     """
     sources = {"python": platform.python_version()}
     train: list[Document] = []
     held_out: list[Document] = []
-    for domain in (PYTHON_CODE, *PACKAGES):
+    for domain in (PYTHON_CODE, *packages):
         roots = []
-        for package in PACKAGES.get(domain, ()):
+        for package in packages.get(domain, ()):
             root, sources[package] = fetch_package(package, folder)
             roots.append(root)
         documents = without_repeats(_documents(domain, roots))
@@ -148,22 +163,32 @@ def without_repeats(documents: Iterator[Document]) -> list[Document]:
     return kept
 
 
+def as_it_is(text: str) -> str:
+    """The same text: source code has no markup to clean."""
+    return text
+
+
+_FILES: dict[str, tuple[str, Callable[[str], str]]] = {
+    PYTHON_CODE: ("*.py", as_it_is),
+    "code-go": ("*.go", as_it_is),
+    "code-rust": ("*.rs", as_it_is),
+    "code-cpp": ("*.hpp", as_it_is),
+    PYTHON_DOCS: ("*.rst.txt", plain_rst),
+}
+
+
 def _documents(domain: str, roots: list[Path]) -> Iterator[Document]:
+    pattern, clean = _FILES.get(domain, ("man/**/*.gz", plain_man_page))
     if domain == PYTHON_CODE:
-        root = Path(sysconfig.get_paths()["stdlib"])
-        yield from _read(domain, root, "*.py", lambda text: text)
-        return
+        roots = [Path(sysconfig.get_paths()["stdlib"])]
     for root in roots:
-        if domain == PYTHON_DOCS:
-            yield from _read(domain, root, "*.rst.txt", plain_rst)
-        else:
-            yield from _read(domain, root, "man/**/*.gz", plain_man_page)
+        yield from _read(domain, root, pattern, clean)
 
 
 def _read(domain: str, root: Path, pattern: str, clean: Callable[[str], str]) -> Iterator[Document]:
     for path in sorted(root.rglob(pattern)):
         name = path.relative_to(root)
-        if SKIPPED_FOLDERS.intersection(name.parts) or path.is_symlink():
+        if SKIPPED_FOLDERS.intersection(name.parts) or path.is_symlink() or not path.is_file():
             continue
         data = path.read_bytes()
         if path.suffix == ".gz":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,18 @@ from traces.data.corpus import Corpus, Document
 from traces.data.model import TinyMoe
 from traces.routing import DECODE, PREFILL, RoutingTrace, content_hash
 
-MAX_BYTES = 4_000_000
 SRP_WINDOW_TOKENS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Most bytes a trace may have with its weights, and the longest request of the model."""
+
+    trace_bytes: int = 4_000_000
+    positions: int = 384
+
+
+LIMITS = Limits()
 
 
 def write_files(
@@ -26,12 +36,16 @@ def write_files(
     model: TinyMoe,
     captured: tuple[RoutingTrace, list[str]],
     record: dict[str, Any],
+    limits: Limits = LIMITS,
 ) -> None:
-    """Write the trace, its provenance and the model's config; weights only when they fit."""
+    """Write the trace, its provenance and the model's config; weights only when they fit.
+
+    record  fields of the provenance; its `made_by` and `torch` replace those of this program
+    """
     trace, domains = captured
     path = folder / f"{name}.parquet"
     parquet.write(trace, path)
-    if path.stat().st_size > MAX_BYTES:
+    if path.stat().st_size > limits.trace_bytes:
         trace = replace(trace, weights=None)
         parquet.write(trace, path)
     document = {
@@ -46,7 +60,7 @@ def write_files(
         "statistics": statistics(trace, domains),
     }
     _write_json(folder / f"{name}.json", document)
-    _write_json(folder / f"{name}-config.json", hugging_face_config(model))
+    _write_json(folder / f"{name}-config.json", hugging_face_config(model, limits.positions))
 
 
 def corpus_record(corpus: Corpus) -> dict[str, Any]:
@@ -123,7 +137,7 @@ def statistics(trace: RoutingTrace, domains: list[str]) -> dict[str, Any]:
     }
 
 
-def hugging_face_config(model: TinyMoe) -> dict[str, Any]:
+def hugging_face_config(model: TinyMoe, positions: int) -> dict[str, Any]:
     """The model's shape in the keys of a Hugging Face config.json."""
     config = model.config
     return {
@@ -143,7 +157,7 @@ def hugging_face_config(model: TinyMoe) -> dict[str, Any]:
         "hidden_act": "silu",
         "rms_norm_eps": config.norm_eps,
         "rope_theta": config.rope_theta,
-        "max_position_embeddings": 384,
+        "max_position_embeddings": positions,
         "vocab_size": config.vocab_size,
         "tie_word_embeddings": True,
         "torch_dtype": "float32",

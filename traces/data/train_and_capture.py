@@ -74,7 +74,7 @@ def trained(
     documents = encode_domains(corpus.train, tokenizer, plan.window + 1)
     held_out = encode_domains(corpus.held_out, tokenizer, plan.window + 1)
     log.info("%d training tokens", sum(len(d) for ds in documents.values() for d in ds))
-    model, result = train(config, plan, documents, held_out)
+    model, result, _ = train(config, plan, documents, held_out)
     log.info("%s", result)
     saved = {"made_from": made_from, "weights": model.state_dict(), "result": asdict(result)}
     torch.save({**saved, "merges": tokenizer.merges}, checkpoint)
