@@ -79,18 +79,18 @@ def candidates(
 def tune(configs: Sequence[Config], time_s: Callable[[Config], float]) -> Tuned:
     """Time each configuration and keep the quickest.
 
-    time_s   seconds of one call under a configuration; raises triton's OutOfResources where the
-             device refuses it, which is counted and passed over
-    raises   KernelError when the device refuses all
+    time_s   seconds of one call under a configuration; what it raises where the device or the
+             compiler refuses one is counted and passed over
+    raises   KernelError when all are refused
     """
-    from triton.runtime.errors import OutOfResources
-
     best: tuple[float, Config] | None = None
     n_refused = 0
     for config in configs:
         try:
             seconds = time_s(config)
-        except OutOfResources:
+        except Exception as error:
+            if not _is_refusal(error):
+                raise
             n_refused += 1
             continue
         if best is None or seconds < best[0]:
@@ -98,3 +98,13 @@ def tune(configs: Sequence[Config], time_s: Callable[[Config], float]) -> Tuned:
     if best is None:
         raise KernelError(f"the device refused all {len(configs)} configurations")
     return Tuned(best[1], best[0], len(configs), n_refused)
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Whether a configuration asks too much, of the device or of the compiler."""
+    from triton.compiler.errors import CompilationError
+    from triton.runtime.errors import OutOfResources, PTXASError
+
+    return isinstance(error, OutOfResources | PTXASError | CompilationError) or (
+        isinstance(error, RuntimeError) and "PassManager" in str(error)
+    )

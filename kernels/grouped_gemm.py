@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from moesim_kernels.align import Alignment, align
+from moesim_kernels.align import Alignment, align, align_reference
 from moesim_kernels.errors import KernelError
 from moesim_kernels.permute import sum_slots
 from moesim_kernels.quantise import (
@@ -17,6 +17,7 @@ from moesim_kernels.quantise import (
     ExpertWeights,
     dequantise,
     fp8_rows,
+    fp8_rows_reference,
     fp8_rows_to_float,
 )
 from moesim_kernels.tuning import Config, default_config
@@ -87,7 +88,7 @@ class _Launch:
     gates: torch.Tensor | None
 
 
-def _launch(call: _Launch) -> None:
+def _launch(call: _Launch, *, compile_only: bool = False) -> None:
     import triton
     from moesim_kernels.grouped_gemm_kernel import grouped_gemm_kernel
 
@@ -97,7 +98,7 @@ def _launch(call: _Launch) -> None:
     scales = weights.values if weights.scales is None else weights.scales
     n_blocks_m = alignment.block_expert.numel()
     grid = (n_blocks_m * triton.cdiv(n_out, config.block_n),)
-    grouped_gemm_kernel[grid](
+    grouped_gemm_kernel.run(
         *(x, x_scales, weights.values, scales, call.y),
         call.y if call.gates is None else call.gates,
         *(alignment.slots, alignment.block_expert, alignment.n_padded),
@@ -113,6 +114,8 @@ def _launch(call: _Launch) -> None:
         GROUP_M=config.group_m,
         num_warps=config.n_warps,
         num_stages=config.n_stages,
+        grid=grid,
+        warmup=compile_only,
     )
 
 
@@ -163,6 +166,29 @@ def moe_ffn(
     return sum_slots(rows, routed.ids)
 
 
+def compile_moe_ffn(
+    x: torch.Tensor,
+    gate_up: ExpertWeights,
+    down: ExpertWeights,
+    routed: Routed,
+    config: Config,
+) -> None:
+    """Compile both GEMMs of `moe_ffn` and launch neither; arguments as there.
+
+    Inside `triton.AsyncCompileMode` its threads compile, and this returns at once.
+    """
+    n_slots = routed.ids.numel()
+    alignment = align_reference(routed.ids, gate_up.n_experts, config.block_m)
+    inner, y = x.new_empty(n_slots, down.n_in), x.new_empty(n_slots, down.n_out)
+    gates = routed.gates.float().contiguous().reshape(-1)
+    for call in (
+        _Launch(x, gate_up, inner, alignment, config, True, None),
+        _Launch(inner, down, y, alignment, config, False, gates),
+    ):
+        _check(call.x, call.weights, n_slots, config)
+        _launch(call, compile_only=True)
+
+
 def moe_ffn_reference(
     x: torch.Tensor, gate_up: ExpertWeights, down: ExpertWeights, routed: Routed
 ) -> torch.Tensor:
@@ -184,4 +210,6 @@ def moe_ffn_reference(
 
 
 def _input(x: torch.Tensor, weights: ExpertWeights) -> torch.Tensor:
-    return fp8_rows_to_float(*fp8_rows(x)) if weights.weight_format == "fp8" else x.float()
+    if weights.weight_format == "fp8":
+        return fp8_rows_to_float(*fp8_rows_reference(x))
+    return x.float()

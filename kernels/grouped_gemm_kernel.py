@@ -53,15 +53,29 @@ def _int8(acc, x, w_ptr, w_row, k, scale, column_ok, K):
 
 
 @triton.jit
+def _less_eight(nibble, dtype: tl.constexpr):
+    """nibble - 8, exactly. As the last mantissa bits of 2**7 or 2**10 it needs no conversion."""
+    if dtype == tl.bfloat16:
+        wide = (nibble | 0x4300).to(dtype, bitcast=True) - 136.0
+    elif dtype == tl.float16:
+        wide = (nibble | 0x6400).to(dtype, bitcast=True) - 1032.0
+    else:
+        wide = nibble.to(dtype) - 8.0
+    return wide
+
+
+@triton.jit
 def _int4(acc, x_low, x_high, w_ptr, w_row, byte, scale, column_ok):
     """acc plus scale times the product with a tile of packed weights: two nibbles, two products.
 
     A group of 128 is 64 bytes: byte j holds value j low and value j + 64 high, each plus 8. So a
     byte is loaded once and no interleaving is needed.
     """
-    w = tl.load(w_ptr + w_row[None, :] + byte[:, None], mask=column_ok[None, :], other=0x88)
-    low = ((w & 0xF).to(tl.int8) - 8).to(x_low.dtype)
-    high = ((w >> 4).to(tl.int8) - 8).to(x_low.dtype)
+    # Columns past the end hold -8, which nobody stores: to fill in 8s would cost instructions.
+    w = tl.load(w_ptr + w_row[None, :] + byte[:, None], mask=column_ok[None, :], other=0)
+    w = w.to(tl.int16)
+    low = _less_eight(w & 0xF, x_low.dtype)
+    high = _less_eight(w >> 4, x_low.dtype)
     part = tl.dot(x_low, low, input_precision="ieee")
     part = tl.dot(x_high, high, part, input_precision="ieee")
     return acc + part * scale[None, :]

@@ -6,7 +6,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from moesim_kernels.align import ONE_LAUNCH_SLOTS, align, align_reference, padded_bound
+from moesim_kernels.align import (
+    ONE_LAUNCH_SLOTS,
+    align,
+    align_by_expert,
+    align_reference,
+    padded_bound,
+)
 from moesim_kernels.errors import KernelError
 from moesim_kernels.permute import permute, permute_reference, sum_slots, unpermute
 
@@ -27,7 +33,7 @@ def _routings(draw) -> tuple[torch.Tensor, int]:
 @given(
     routing=_routings(),
     block_m=st.sampled_from([1, 4, 16]),
-    sort=st.sampled_from([align, align_reference]),
+    sort=st.sampled_from([align, align_by_expert, align_reference]),
 )
 def test_each_slot_stands_once_in_a_block_of_its_expert(
     device: str, routing, block_m: int, sort
@@ -48,6 +54,16 @@ def test_each_slot_stands_once_in_a_block_of_its_expert(
     assert sorted(seen) == (ids.reshape(-1) >= 0).nonzero()[:, 0].tolist()
     experts = made.block_expert[: used // block_m]
     assert torch.equal(experts, experts.sort().values)
+
+
+@pytest.mark.parametrize("n_experts", [1, 5, 33])
+def test_a_program_an_expert_and_torch_align_alike(n_experts: int, device: str) -> None:
+    draw = torch.Generator().manual_seed(n_experts)
+    ids = torch.randint(-1, n_experts, (ONE_LAUNCH_SLOTS // 4, 5), generator=draw).to(device)
+    found, by_torch = (sort(ids, n_experts, 16) for sort in (align, align_reference))
+    assert torch.equal(found.slots, by_torch.slots)
+    assert torch.equal(found.block_expert, by_torch.block_expert)
+    assert torch.equal(found.n_padded, by_torch.n_padded)
 
 
 @pytest.mark.parametrize("n_experts", [1, 5, 60, 256, 300])

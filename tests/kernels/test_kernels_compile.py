@@ -21,8 +21,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from moesim_kernels import attention, grouped_gemm_kernel as gemm
-from moesim_kernels.align_kernel import align_kernel
+from moesim_kernels.align_kernel import align_kernel, count_kernel, place_kernel
 from moesim_kernels.attention_kernel import decode_kernel
+from moesim_kernels.fp8_rows_kernel import fp8_rows_kernel
 from moesim_kernels.gate_kernel import gate_kernel
 from moesim_kernels.permute_kernel import combine_kernel, permute_kernel
 from moesim_kernels.tuning import default_config
@@ -64,9 +65,16 @@ for rule in (dict(SCORING=1, BIASED=True, GROUPS=8, MEMBERS=32, GROUPS_KEPT=4, T
 rows = {"x_ptr": "*bf16", "y_ptr": "*bf16", "rows_ptr": "*bf16"}
 build(align_kernel, "align", index | {"ids_ptr": "*i32"},
       dict(EXPERTS=256, PADDED_EXPERTS=256, BLOCK_M=16, CHUNK=32))
+ids = index | {"ids_ptr": "*i32", "count_ptr": "*i32"}
+build(count_kernel, "count", ids, dict(CHUNK=1024))
+build(place_kernel, "place", ids,
+      dict(EXPERTS=256, PADDED_EXPERTS=256, BLOCK_M=64, CHUNK=1024))
 build(permute_kernel, "permute", index | rows, dict(SLOTS_PER_ROW=8, BLOCK=1024))
 build(combine_kernel, "combine", index | floats | rows,
       dict(TOP_K=8, BY_SLOT=True, WEIGHTED=False, BLOCK=1024))
+build(fp8_rows_kernel, "fp8 rows",
+      {"x_ptr": "*bf16", "y_ptr": "*fp8e4nv", "scale_ptr": "*fp32"},
+      dict(BLOCK_ROWS=8, ROUND_FIRST=False))
 cache = {n: "*bf16" for n in ("q_ptr", "q_rope_ptr", "k_ptr", "k_rope_ptr", "v_ptr")}
 cache |= {"length_ptr": "*i32", "out_ptr": "*fp32", "lse_ptr": "*fp32"}
 for heads, dim, rope, block, most in ((64, 128, 0, attention.BLOCK, attention.MAX_HEADS),
@@ -94,7 +102,7 @@ def test_every_kernel_compiles_for_sm_90_within_its_shared_memory(tmp_path: Path
     if done.returncode:
         pytest.fail(done.stderr[-3000:])
     made = json.loads(done.stdout)
-    assert len(made) == 15
+    assert len(made) == 18
     too_much = [(label, used) for label, used, _ in made if used > SHARED_MEMORY_BYTES]
     assert not too_much
     assert all(size > 0 for _, _, size in made)
