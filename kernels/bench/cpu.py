@@ -8,12 +8,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
-import numpy as np
 import torch
 from moesim_kernels.bench import timing
 from moesim_kernels.bench.measured import CannotMeasure, Measured
 from moesim_kernels.bench.points import Point
+from moesim_kernels.bench.routing import CapturedRouting, drawn_ids, routing_of
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 BITS = {"fp32": 32, "bf16": 16, "int8": 8, "int4": 4}
@@ -72,36 +73,41 @@ def gemm(point: Point, weights: Weights) -> Measured:
     return Measured(timed, source, moved, 2 * m * n * k, _cold(len(products)), {}, error)
 
 
-def experts(point: Point, seed: int = 0) -> Measured:
-    """A layer of experts, one after another over its own tokens: gate and up, SiLU, down."""
+def experts(point: Point, traces: Sequence[CapturedRouting] = ()) -> Measured:
+    """A layer of experts over their own tokens: gate and up, SiLU, down.
+
+    One expert after another, or all in one call where the point's kernel is `torch_grouped_mm`.
+    """
     sizes = ("tokens", "hidden", "inter", "experts", "topk", "threads")
     n_tokens, hidden, inter, n_experts, topk, n_threads = (int(point.shape[s]) for s in sizes)
     dtype = DTYPES[str(point.dtype["w"])]
-    counts = routed_counts(n_tokens, n_experts, topk, str(point.routing["dist"]), seed)
+    routing = routing_of(drawn_ids(point, traces), n_experts)
+    busy = routing["counts"]
     per_expert = 3 * hidden * inter * dtype.itemsize
-    busy = [int(count) for count in counts if count]
     n_layers = min(MOST_COPIES, CACHES * timing.cache_bytes() // (len(busy) * per_expert) + 2)
-    turn = itertools.cycle([_layer(len(busy), hidden, inter, dtype) for _ in range(n_layers)])
+    layers = [_layer(len(busy), hidden, inter, dtype) for _ in range(n_layers)]
     inputs = [torch.randn(count, hidden, dtype=dtype) for count in busy]
+    source, calls = "torch.expert_loop", [partial(run_experts, inputs, layer) for layer in layers]
+    if point.kernel:
+        source, calls = "torch.grouped_mm", [_grouped_call(inputs, layer) for layer in layers]
+        del layers
+    turn = itertools.cycle(calls)
     with torch.inference_mode(), threads(n_threads):
-        timed = timing.repeat(lambda: run_experts(inputs, next(turn)))
+        timed = timing.repeat(lambda: next(turn)())
     chosen = n_tokens * topk
     moved = len(busy) * per_expert + chosen * 2 * hidden * dtype.itemsize
-    routing = {"counts": sorted(busy, reverse=True), "distinct": len(busy), "max_load": max(busy)}
-    flops = 6 * chosen * hidden * inter
-    return Measured(timed, "torch.expert_loop", moved, flops, _cold(n_layers), routing)
+    return Measured(timed, source, moved, 6 * chosen * hidden * inter, _cold(n_layers), routing)
 
 
-def routed_counts(n_tokens: int, n_experts: int, topk: int, load: str, seed: int) -> np.ndarray:
-    """Tokens of each expert, int64[n_experts], when each token takes topk distinct experts.
+def _grouped_call(
+    inputs: Sequence[torch.Tensor], layer: Sequence[tuple[torch.Tensor, torch.Tensor]]
+) -> Callable[[], torch.Tensor]:
+    """The same layer in two calls over all experts, their weights side by side."""
+    from moesim_kernels.bench.peers import grouped_mm_ffn
 
-    load  "balanced", or "power_law_A": expert r is wanted in proportion to (r + 1) ** -A
-    """
-    power = 0.0 if load == "balanced" else float(load.removeprefix("power_law_"))
-    wanted = -power * np.log(np.arange(1, n_experts + 1))
-    drawn = np.random.default_rng(seed).gumbel(size=(n_tokens, n_experts)) + wanted
-    chosen = np.argsort(-drawn, axis=1)[:, :topk]
-    return np.bincount(chosen.ravel(), minlength=n_experts)
+    up, down = (torch.stack(matrices) for matrices in zip(*layer, strict=True))
+    ends = torch.tensor([len(x) for x in inputs]).cumsum(0).int()
+    return partial(grouped_mm_ffn, torch.cat(list(inputs)), up, down, ends)
 
 
 def run_experts(

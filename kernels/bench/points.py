@@ -1,4 +1,4 @@
-"""What is measured: the points of every operator, most informative first."""
+"""What is measured on a CPU: the points of every operator, most informative first."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 KIB, MIB = 1 << 10, 1 << 20
 ROWS = (1, 64, 8, 2, 32, 4, 16)
@@ -15,14 +16,12 @@ MATRICES = ((2048, 768), (768, 2048), (4096, 2048), (2048, 2048), (1408, 2048), 
 WEIGHTS = ("bf16", "int8", "fp32", "int4")
 EXPERTS = ((2048, 768, 32, 4), (1024, 512, 32, 8), (2048, 1408, 16, 2), (1536, 512, 24, 4))
 TOKENS = (1, 64, 8, 24, 3)
-LOADS = ("balanced", "power_law_1.2")
+LOADS = ("balanced", "power_law_1.2", "captured")
 STREAM_BYTES = (128 * MIB, 64 * MIB, 256 * MIB, 96 * MIB, 192 * MIB, 80 * MIB)
 BLOCK_BYTES = (4 * KIB, 16 * MIB, 1 * MIB, 64 * KIB, 4 * MIB, 256 * KIB, 16 * KIB, 64 * MIB)
 DEPTHS = (1, 32, 8, 4, 16, 2)
 MOST_IN_FLIGHT_BYTES = 128 * MIB
 MESSAGE_BYTES = tuple(KIB << shift for shift in (0, 16, 10, 13, 7, 4, 14, 12, 8, 2, 15, 11, 6))
-COPY_BYTES = tuple(KIB << shift for shift in (2, 18, 10, 14, 6, 20, 12, 8, 16))
-GPU_OPS = ("copy",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,16 +31,22 @@ class Point:
     shape    sizes in elements, bytes or counts, and `threads` on a CPU
     dtype    `w` of the weights or the moved data, `a` of the activations, `group` of the scales
     routing  `dist` and `seed` where tokens choose experts
+    kernel   which of several implementations, "" where there is one
     """
 
     op: str
     shape: Mapping[str, int | str]
     dtype: Mapping[str, int | str] = field(default_factory=dict)
     routing: Mapping[str, int | str] = field(default_factory=dict)
+    kernel: str = ""
 
     def key(self, device: str) -> str:
-        """Name of the point on a device, the same in every run; 16 hexadecimal digits."""
+        """Name of the point on a device, the same in every run; 16 hexadecimal digits.
+
+        device  `timing.place`: with other software it is another device
+        """
         parts = [self.op, dict(self.shape), dict(self.dtype), dict(self.routing), device]
+        parts += [self.kernel] * bool(self.kernel)
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -59,7 +64,7 @@ def thread_counts() -> tuple[int, ...]:
     return tuple(dict.fromkeys((cores, 1, *reversed(between))))
 
 
-def all_points() -> dict[str, list[Point]]:
+def cpu_points() -> dict[str, list[Point]]:
     """The points of every operator by its name, most informative first."""
     return {
         "cpu_gemv": _products((1,)),
@@ -71,21 +76,22 @@ def all_points() -> dict[str, list[Point]]:
             Point("all_to_all", {"bytes": size, "ranks": 2, "split": split}, {"w": "uint8"})
             for size, split in ladder(MESSAGE_BYTES, ("even", "uneven"))
         ],
-        "copy": [
-            Point("copy", {"bytes": size, "to": to, "memory": memory}, {"w": "uint8"})
-            for size, to, memory in ladder(COPY_BYTES, ("gpu", "cpu"), ("pinned", "pageable"))
-        ],
     }
+
+
+def alternating(*lists: Sequence[Any]) -> list[Any]:
+    """All items so that every list is equally far along at any place."""
+    placed = [
+        ((index + 1) / len(items), place, item)
+        for place, items in enumerate(lists)
+        for index, item in enumerate(items)
+    ]
+    return [item for _, _, item in sorted(placed, key=lambda of: of[:2])]
 
 
 def interleaved(points: Mapping[str, Sequence[Point]]) -> list[Point]:
     """All points so that, wherever the time ends, every operator is equally far along."""
-    placed: Iterable[tuple[float, str, Point]] = (
-        ((index + 1) / len(of_op), op, point)
-        for op, of_op in points.items()
-        for index, point in enumerate(of_op)
-    )
-    return [point for _, _, point in sorted(placed, key=lambda item: item[:2])]
+    return alternating(*points.values())
 
 
 def weight_dtype(name: str) -> dict[str, int | str]:
@@ -106,6 +112,11 @@ def _products(rows: Sequence[int]) -> list[Point]:
 
 
 def _experts() -> list[Point]:
+    """The loop in every load and dtype, and beside it one call for all experts."""
+    loops = ladder(TOKENS, EXPERTS, thread_counts(), LOADS, ("fp32", "bf16"), ("",))
+    grouped = ladder(
+        TOKENS, EXPERTS, thread_counts()[:1], LOADS[:1], ("bf16",), ("torch_grouped_mm",)
+    )
     return [
         Point(
             "cpu_experts",
@@ -115,9 +126,10 @@ def _experts() -> list[Point]:
             },
             weight_dtype(dtype),
             {"dist": load, "seed": 0},
+            kernel,
         )
-        for tokens, (hidden, inter, experts, topk), threads, load, dtype in ladder(
-            TOKENS, EXPERTS, thread_counts(), LOADS, ("fp32", "bf16")
+        for tokens, (hidden, inter, experts, topk), threads, load, dtype, kernel in alternating(
+            loops, grouped
         )
     ]  # fmt: skip
 

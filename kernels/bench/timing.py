@@ -8,8 +8,9 @@ import platform
 import resource
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -80,6 +81,11 @@ def cache_bytes() -> int:
     return max(found, default=DEFAULT_CACHE_BYTES) or DEFAULT_CACHE_BYTES
 
 
+def numa_nodes(system: Path = Path("/sys/devices/system/node")) -> int:
+    """Memory nodes that the system names, at least one."""
+    return max(len(list(system.glob("node[0-9]*"))), 1)
+
+
 def memory_bytes() -> int:
     """All memory of this machine."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -92,6 +98,7 @@ def cpu() -> dict[str, object]:
     return {
         "name": f"{_cpu_name()} ({cores} cores)", "kind": "cpu", "cores": cores,
         "llc_bytes": cache_bytes(), "mem_gib": round(memory_bytes() / (1 << 30), 1),
+        "numa_nodes": numa_nodes(),
     }  # fmt: skip
 
 
@@ -101,9 +108,22 @@ def software() -> dict[str, str]:
     import torch
 
     return {
-        "torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version(),
-        "system": platform.system(), "git": _revision(),
+        "torch": torch.__version__, "triton": _version("triton"), "numpy": np.__version__,
+        "python": platform.python_version(), "system": platform.system(), "git": _revision(),
     }  # fmt: skip
+
+
+def place(device: Mapping[str, object]) -> str:
+    """Device and software by which a point is known: other ones measure it anew."""
+    return f"{device['name']}, torch {_version('torch')}, triton {_version('triton')}"
+
+
+@functools.cache
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "none"
 
 
 def _size(text: str) -> int:

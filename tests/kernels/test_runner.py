@@ -15,9 +15,15 @@ import pytest
 pytest.importorskip("torch", reason="needs torch (extra `kernels`)")
 
 from moesim_kernels import runner  # noqa: E402
-from moesim_kernels.bench import cpu, disk, rows, timing  # noqa: E402
-from moesim_kernels.bench.measured import CannotMeasure, Measured  # noqa: E402
-from moesim_kernels.bench.points import Point, all_points, interleaved, ladder  # noqa: E402
+from moesim_kernels.bench import alltoall, cpu, disk, rows, timing  # noqa: E402
+from moesim_kernels.bench.measured import (  # noqa: E402
+    CannotMeasure,
+    CannotMeasurePoint,
+    Measured,
+)
+from moesim_kernels.bench.points import Point, interleaved, ladder  # noqa: E402
+from moesim_kernels.bench.routing import routed_ids  # noqa: E402
+from moesim_kernels.runner import all_points  # noqa: E402
 
 POINTS = [Point("stream", {"bytes": 4096 * i, "kind": "copy", "threads": 1}) for i in range(1, 9)]
 
@@ -91,9 +97,66 @@ def test_an_operator_that_cannot_run_is_reported_once_and_the_others_go_on(tmp_p
     assert [event["why"] for event in events if event["event"] == "skip"] == ["no GPU"]
 
 
+@pytest.mark.parametrize(
+    "error", [CannotMeasurePoint("too large"), ValueError("a\nb"), MemoryError()]
+)
+def test_a_point_that_fails_has_a_row_that_says_why_and_is_not_tried_again(
+    tmp_path: Path, error: Exception
+) -> None:
+    events: list[dict[str, object]] = []
+
+    def measure(point: Point) -> dict[str, object]:
+        if point is POINTS[2]:
+            raise error
+        return quick(point)
+
+    done = runner.run(POINTS, measure, tmp_path, 1.0, events.append)
+    assert (done.measured, done.refused, done.skipped) == (7, 1, {})
+    (refused,) = (event for event in events if event["event"] == "refused")
+    lines = rows.row_file(tmp_path, "stream").read_text().splitlines()
+    (failed,) = (row for row in map(json.loads, lines) if not row["ok"])
+    assert failed["why"] == refused["why"]
+    assert failed["why"].startswith(type(error).__name__)
+    assert "\n" not in failed["why"]
+    assert failed["shape"] == dict(POINTS[2].shape)
+    again = runner.run(POINTS, measure, tmp_path, 1.0, events.append)
+    assert (again.reused, again.measured, again.refused) == (8, 0, 0)
+
+
+@pytest.mark.parametrize("word", runner.FATAL)
+def test_what_stops_the_device_ends_the_run_and_the_next_goes_on_behind_it(
+    tmp_path: Path, word: str
+) -> None:
+    def measure(point: Point) -> dict[str, object]:
+        if point is POINTS[2]:
+            raise RuntimeError(f"{word}: an illegal memory access was encountered")
+        return quick(point)
+
+    with pytest.raises(RuntimeError, match=word):
+        runner.run(POINTS, measure, tmp_path, 1.0, lambda event: None)
+    lines = rows.row_file(tmp_path, "stream").read_text().splitlines()
+    assert [json.loads(line)["ok"] for line in lines] == [True, True, False]
+    again = runner.run(POINTS, measure, tmp_path, 1.0, lambda event: None)
+    assert (again.reused, again.measured) == (3, 5)
+
+
 def test_an_unknown_operator_lists_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=r"'gem' is unknown, known: cpu_gemv, .*all_to_all"):
+    known = "cpu_gemv, .*all_to_all, .*peak, .*grouped_gemm, "
+    with pytest.raises(ValueError, match=f"'gem' is unknown, known: {known}"):
         runner.chosen_points(["gem"])
+
+
+def test_every_operator_can_be_measured_here_or_says_why_not(tmp_path: Path) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU: its operators would be measured")
+    on_gpu = [op for op in all_points() if runner.device_of(op)["kind"] == "gpu"]
+    with runner.this_machine(tmp_path) as measure:
+        for op in on_gpu:
+            with pytest.raises(CannotMeasure):
+                measure(all_points()[op][0])
+    assert {"peak", "launch", "copy", "grouped_gemm", "overlap"} <= set(on_gpu)
 
 
 def test_no_point_is_there_twice_and_every_operator_is_equally_far_along() -> None:
@@ -101,8 +164,8 @@ def test_no_point_is_there_twice_and_every_operator_is_equally_far_along() -> No
     assert len({point.key("x") for point in points}) == len(points)
     half = points[: len(points) // 2]
     for op, of_op in all_points().items():
-        share = sum(point.op == op for point in half) / len(of_op)
-        assert share == pytest.approx(0.5, abs=0.1), op
+        done = sum(point.op == op for point in half)
+        assert done == pytest.approx(len(of_op) / 2, abs=1 + 0.01 * len(of_op)), op
 
 
 def test_a_ladder_starts_with_the_first_of_each_and_holds_every_combination() -> None:
@@ -114,12 +177,13 @@ def test_a_ladder_starts_with_the_first_of_each_and_holds_every_combination() ->
 
 @pytest.mark.parametrize(("load", "topk"), [("balanced", 2), ("power_law_1.2", 4)])
 def test_each_token_takes_k_experts_and_a_power_law_is_more_uneven(load: str, topk: int) -> None:
-    counts = cpu.routed_counts(400, 16, topk, load, seed=3)
-    assert counts.sum() == 400 * topk
-    assert counts.max() <= 400
-    even = cpu.routed_counts(400, 16, topk, "balanced", seed=3)
-    assert counts.max() > 1.2 * even.max() or load == "balanced"
-    assert (counts == cpu.routed_counts(400, 16, topk, load, seed=3)).all()
+    ids, even = (routed_ids(400, 16, topk, of, seed=3) for of in (load, "balanced"))
+    assert ids.shape == (400, topk)
+    assert all(len(set(chosen)) == topk for chosen in ids.tolist())
+    counts, even_counts = (np.bincount(of.ravel(), minlength=16) for of in (ids, even))
+    assert len(counts) == 16
+    assert counts.max() > 1.2 * even_counts.max() or load == "balanced"
+    assert (ids == routed_ids(400, 16, topk, load, seed=3)).all()
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8", "int4"])
@@ -164,6 +228,36 @@ def test_a_row_of_each_kind_measured_here_says_what_it_moved(
     assert exchange["derived"]["bytes"] == 3072
     for row in (gemm, experts, stream, exchange):
         assert 0 < row["lat_us"]["p10"] <= row["lat_us"]["median"] <= row["lat_us"]["p90"]
+
+
+@pytest.mark.parametrize("split", ["even", "uneven"])
+@pytest.mark.parametrize("n_ranks", [2, 3, 8])
+def test_an_exchange_sends_all_its_bytes_and_half_as_much_again_to_the_last_rank(
+    split: str, n_ranks: int
+) -> None:
+    sent = alltoall.sizes(48_000, n_ranks, split)
+    assert sum(sent) == 48_000
+    assert sent[-1] == 48_000 / n_ranks * {"even": 1, "uneven": 1.5}[split]
+    assert max(sent[:-1]) - min(sent[:-1]) <= 1
+    incoming, outgoing = sent[-1] * (n_ranks - 1), 48_000 - min(sent)
+    assert alltoall.busiest(sent) == max(incoming, outgoing)
+
+
+def test_nccl_is_refused_in_words_without_a_second_gpu() -> None:
+    import torch
+
+    if torch.cuda.device_count() > 1:
+        pytest.skip("there is more than one GPU")
+    with pytest.raises(CannotMeasure, match="NCCL needs more than one GPU"):
+        alltoall.Ranks("nccl", 2)
+
+
+def test_memory_nodes_are_counted_and_there_is_at_least_one(tmp_path: Path) -> None:
+    assert timing.numa_nodes(tmp_path) == 1
+    for name in ("node0", "node1", "node12", "possible", "has_cpu"):
+        (tmp_path / name).mkdir()
+    assert timing.numa_nodes(tmp_path) == 3
+    assert timing.cpu()["numa_nodes"] >= 1
 
 
 def test_reads_go_past_the_page_cache_and_leave_no_file(tmp_path: Path) -> None:
