@@ -65,8 +65,8 @@ class _Derived(_Open):
     flops: NotNegative = 0.0
 
 
-class _RowModel(Closed):
-    """One line; the schema of every benchmark in `kernels/`."""
+class RowModel(Closed):
+    """One line as it was read; the schema of every benchmark in `kernels/`."""
 
     schema_: Literal[1] = Field(alias="schema")
     op: StrictStr = Field(min_length=1)
@@ -132,9 +132,7 @@ def read_rows(paths: Sequence[Path]) -> Rows:
 
     raises  HardwareError with file, line and field; OSError
     """
-    files = [file for path in paths for file in _files(path)]
-    if not files:
-        raise HardwareError(f"{paths[0] if paths else 'no file'}: no .jsonl file in it")
+    files = _all_files(paths)
     digest, rows, failed = sha256(), [], 0
     for file in files:
         for model, line in _models(file):
@@ -148,11 +146,26 @@ def read_rows(paths: Sequence[Path]) -> Rows:
     return Rows(tuple(rows), failed, tuple(file.name for file in files), digest.hexdigest())
 
 
-def _files(path: Path) -> list[Path]:
-    return sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
+def read_models(paths: Sequence[Path]) -> list[RowModel]:
+    """Every row of the same files as it was written, those that are not ok among them.
+
+    raises  HardwareError with file, line and field; OSError
+    """
+    return [model for file in _all_files(paths) for model, _ in _models(file)]
 
 
-def _models(path: Path) -> Iterator[tuple[_RowModel, bytes]]:
+def _all_files(paths: Sequence[Path]) -> list[Path]:
+    files = [
+        file
+        for path in paths
+        for file in (sorted(path.glob("*.jsonl")) if path.is_dir() else [path])
+    ]
+    if not files:
+        raise HardwareError(f"{paths[0] if paths else 'no file'}: no .jsonl file in it")
+    return files
+
+
+def _models(path: Path) -> Iterator[tuple[RowModel, bytes]]:
     with path.open("rb") as file:
         for number, line in enumerate(iter(lambda: file.readline(MOST_LINE_BYTES + 1), b""), 1):
             if len(line) > MOST_LINE_BYTES:
@@ -161,9 +174,9 @@ def _models(path: Path) -> Iterator[tuple[_RowModel, bytes]]:
                 yield _model(line, f"{path}:{number}"), line
 
 
-def _model(line: bytes, where: str) -> _RowModel:
+def _model(line: bytes, where: str) -> RowModel:
     try:
-        return _RowModel.model_validate(json.loads(line))
+        return RowModel.model_validate(json.loads(line))
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"]) or "row"
@@ -173,7 +186,7 @@ def _model(line: bytes, where: str) -> _RowModel:
         raise HardwareError(f"{where}: not a JSON object: {str(error)[:80]}") from error
 
 
-def _row(model: _RowModel, latency: _Latency) -> Row:
+def _row(model: RowModel, latency: _Latency) -> Row:
     shape = model.shape
     work = _expert_pieces(model) if model.routing.counts else _one_piece(model)
     facts = (
@@ -203,12 +216,12 @@ def _variant(shape: Mapping[str, int | float | str]) -> str:
     return ",".join(str(value) for _, value in sorted(shape.items()) if isinstance(value, str))
 
 
-def _one_piece(model: _RowModel) -> tuple[Floats, Floats, Floats]:
+def _one_piece(model: RowModel) -> tuple[Floats, Floats, Floats]:
     rows = float(model.shape.get("m", model.shape.get("tokens", 0)))
     return np.array([rows]), np.array([model.derived.bytes]), np.array([model.derived.flops])
 
 
-def _expert_pieces(model: _RowModel) -> tuple[Floats, Floats, Floats]:
+def _expert_pieces(model: RowModel) -> tuple[Floats, Floats, Floats]:
     """One piece an expert: its three matrices, and what it does for its own tokens."""
     counts = np.array([count for count in model.routing.counts if count], dtype=np.float64)
     total = counts.sum()
