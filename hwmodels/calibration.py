@@ -122,7 +122,7 @@ def calibrate(rows: Rows, held_out_share: float = 0.2, seed: int = 0) -> Calibra
     if not apart:
         return done
     left = [row for row in usable if (row.op, row.shape) in apart and row.group in groups]
-    check = _score(_errors(done, left)) if left else None
+    check = score_of(_errors(done, left)) if left else None
     return Calibration(device, groups, fitted, rows.files, rows.sha256, seed, check)
 
 
@@ -352,12 +352,13 @@ def _scores(rows: Sequence[Row], predicted: Floats, skipped: Counter[str]) -> Sc
     errors = predicted / np.array([row.seconds for row in rows]) - 1
     names = np.array([f"{row.op} {row.group[FIELDS.index('weights')]}".strip() for row in rows])
     groups = {
-        str(name): _score(errors[known & (names == name)]) for name in np.unique(names[known])
+        str(name): score_of(errors[known & (names == name)]) for name in np.unique(names[known])
     }
-    return Scores(_score(errors[known]), {k: v for k, v in skipped.items() if v}, groups)
+    return Scores(score_of(errors[known]), {k: v for k, v in skipped.items() if v}, groups)
 
 
-def _score(errors: Floats) -> Score:
+def score_of(errors: Floats) -> Score:
+    """The score of relative errors, float64[n], n >= 1."""
     percent = 100 * np.abs(errors)
     return Score(
         len(errors),

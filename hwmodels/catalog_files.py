@@ -83,6 +83,7 @@ class DeviceFile(CatalogFile):
     ]
     compute: dict[DataType, FigureText] = {}
     compute_achieved: dict[DataType, FigureText] = {}
+    chip: dict[Literal["l2", "multiprocessors", "clock"], FigureText] = {}
     link: LinkTable | None = None
     host_link: LinkTable | None = None
     power: dict[Literal["tdp"], FigureText] = {}
@@ -127,6 +128,9 @@ _UNITS: Mapping[str, str] = MappingProxyType(
         "memory.capacity": "B",
         "memory.usable": "B",
         "memory.on_chip": "B",
+        "chip.l2": "B",
+        "chip.multiprocessors": "SM",
+        "chip.clock": "Hz",
         "compute": "FLOP/s",
         "compute_achieved": "FLOP/s",
         "power": "W",

@@ -33,6 +33,8 @@ class Device:
     devices_per_node  devices in one scale-up domain, unless a system says otherwise
     scale_out   name of the link to other nodes in the catalogue
     link_devices  how many devices the link joins (a bridge: 2), 0 for all of a node
+    l2_bytes, multiprocessors, clock_hz  last-level cache, streaming multiprocessors (compute units)
+                and their highest clock; 0 when not known
     """
 
     name: str
@@ -53,6 +55,9 @@ class Device:
     devices_per_node: int = 8
     scale_out: str = "infiniband-ndr"
     link_devices: int = 0
+    l2_bytes: float = 0.0
+    multiprocessors: int = 0
+    clock_hz: float = 0.0
 
     def __post_init__(self) -> None:
         for field in ("memory_bytes", "memory_bytes_per_s"):

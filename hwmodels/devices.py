@@ -188,6 +188,9 @@ def _device(file: DeviceFile) -> Device:
         devices_per_node=file.devices_per_node,
         scale_out=file.scale_out,
         link_devices=file.link.devices if file.link is not None else 0,
+        l2_bytes=_value(known, "chip.l2"),
+        multiprocessors=int(_value(known, "chip.multiprocessors")),
+        clock_hz=_value(known, "chip.clock"),
     )
 
 

@@ -31,6 +31,8 @@ _ATOMS: Mapping[str, tuple[str, Fraction]] = MappingProxyType(
         "J": ("J", Fraction(1)),
         "W": ("W", Fraction(1)),
         "USD": ("USD", Fraction(1)),
+        "Hz": ("Hz", Fraction(1)),
+        "SM": ("SM", Fraction(1)),  # streaming multiprocessors, compute units
     }
 )
 _PER_SECOND: Mapping[str, str] = MappingProxyType(
