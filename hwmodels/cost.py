@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hwmodels.device import Device, Figure
+from hwmodels.energy import energy_model
 from hwmodels.errors import HardwareError
 
 CostKind = Literal["measured", "fitted", "analytic", "extrapolated", "assumed"]
@@ -39,7 +40,8 @@ class Cost:
     """Cost of an array of operations; the four arrays are float64 of one shape.
 
     seconds  duration of each operation alone on the device
-    joules   energy drawn, at the device's board power while it runs (an upper bound)
+    joules   energy drawn (`energy.py`: at most board power while it runs), NaN where the board
+             power is not known
     bytes    bytes moved through the memory or link that the operation uses
     flops    floating-point operations, a multiply-add counted as two
     kind     how the seconds are known
@@ -134,11 +136,15 @@ DEFAULT_EFFICIENCY = Efficiency()
 
 @dataclass(frozen=True, slots=True)
 class Roof:
-    """What limits one kind of operation: fixed seconds, bytes/s of memory, FLOP/s."""
+    """What limits one kind of operation: fixed seconds, bytes/s of memory, FLOP/s.
+
+    bits  of the operands that are multiplied, for their energy
+    """
 
     fixed_s: float
     bytes_per_s: float
     flop_per_s: float
+    bits: float = 16
 
 
 def roofline(device: Device, roof: Roof, flops: Work, n_bytes: Work) -> Cost:
@@ -151,7 +157,22 @@ def roofline(device: Device, roof: Roof, flops: Work, n_bytes: Work) -> Cost:
     )
     busy_s = np.maximum(work / roof.flop_per_s, moved / roof.bytes_per_s)
     seconds = np.where((work > 0) | (moved > 0), roof.fixed_s + busy_s, 0.0)
-    return Cost(seconds, seconds * device.tdp_w, moved.copy(), work.copy())
+    spent = device_joules(device, seconds, moved, work, roof.bits)
+    return Cost(seconds, spent, moved.copy(), work.copy())
+
+
+def device_joules(
+    device: Device,
+    seconds: npt.NDArray[np.float64],
+    n_bytes: npt.NDArray[np.float64],
+    flops: npt.NDArray[np.float64],
+    bits: float,
+) -> npt.NDArray[np.float64]:
+    """Joules of operations that follow one another (`energy.py`), NaN without a board power."""
+    model = energy_model(device)
+    if model is None:
+        return np.full(seconds.shape, np.nan)
+    return model.joules(seconds, n_bytes, flops, bits)
 
 
 @dataclass(frozen=True, slots=True)

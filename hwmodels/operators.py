@@ -17,6 +17,7 @@ from hwmodels.cost import (
     ExpertShape,
     Roof,
     Work,
+    device_joules,
     dtype_bits,
     expert_law,
     expert_seconds,
@@ -71,6 +72,7 @@ def gemm(
         device.launch_s,
         device.memory_bytes_per_s * efficiency.memory_share,
         device.peak_flop_per_s(dtype) * share,
+        bits,
     )
     stored = (bits if weight_bits is None else weight_bits) / 8
     n_bytes = (m * k * bits / 8 + n * k * stored + m * n * OUTPUT_BYTES) * (m > 0)
@@ -93,8 +95,9 @@ def routed_experts(
     seconds = expert_seconds(law, tokens, distinct)
     width = shape.hidden * (dtype_bits(compute_dtype) / 8 + OUTPUT_BYTES)
     n_bytes = distinct * shape.n_params * weight_bits / 8 + tokens * width
-    flops = 2.0 * shape.n_params * tokens
-    return Cost(seconds, seconds * device.tdp_w, n_bytes, flops + 0.0 * distinct, "fitted")
+    flops = 2.0 * shape.n_params * tokens + 0.0 * distinct
+    spent = device_joules(device, seconds, n_bytes, flops, dtype_bits(compute_dtype))
+    return Cost(seconds, spent, n_bytes, flops, "fitted")
 
 
 def attention_prefill(
@@ -198,4 +201,5 @@ def _attention_roof(device: Device, dtype: str, efficiency: Efficiency) -> Roof:
         efficiency.attention_fixed_s,
         device.memory_bytes_per_s * efficiency.attention_memory_share,
         device.peak_flop_per_s(dtype) * efficiency.attention_compute_share,
+        dtype_bits(dtype),
     )

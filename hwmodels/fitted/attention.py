@@ -87,11 +87,13 @@ def _columns(work: Work) -> dict[str, Floats]:
 
 
 def memory_of(has: Chip, moved: Floats) -> dict[str, Floats]:
+    """The memory parts of bytes that are moved once, cached or not."""
     cached, rate = has.cached_share(moved), has.memory_bytes_per_s
     return {"memory": moved * (1 - cached) / rate, "cache": moved * cached / rate}
 
 
 def blocks(tiles: Floats, has: Chip) -> dict[str, Floats]:
+    """Shape numbers of independent tiles: how many a multiprocessor gets, how full the last are."""
     filled = tiles / has.multiprocessors
     return {"blocks": log2(filled), "last_wave": filled % 1}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -15,7 +16,9 @@ from hwmodels.fitted.model import OperatorModel
 CODE = ("marlin", "deepgemm", "cutlass", "triton", "flashinfer", "flashmla", "fa4", "fa3", "fa2",
         "flash_attn", "torch")  # fmt: skip
 # Names that do not say their code: vLLM's fused_moe is the Triton kernel.
-SPOKEN = (("vllm_fused_moe", "triton"), ("fused_moe_triton", "triton"), ("vllm_default", "torch"))
+SPOKEN = (("vllm_fused_moe", "triton"), ("fused_moe_triton", "triton"))
+# Families whose kernels' last word names the operator; the size of an element is in their work.
+OPERATORS = ("collective", "exchange_low_latency", "exchange_normal")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,19 +53,43 @@ def nearest_kernel(models: Iterable[OperatorModel], family: str, kernel: str) ->
     """The model of the same kernel, else of its nearest relative.
 
     Relatives compute in the same number format (fp8 and fp8_block are one here, with the same one
-    preferred); nearest is the same code, then the same framework, then most rows.
-    raises  HardwareError when the family has no kernel of the format, with those it has
+    preferred); nearest is the same code, then the same framework, then most rows. In OPERATORS
+    relatives are the same operator in any format, the nearest version before most rows.
+    raises  HardwareError when the family has no relative, with the formats or operators it has
     """
     of_family = sorted((m for m in models if m.family == family), key=lambda m: m.kernel)
     for model in of_family:
         if model.kernel == kernel:
             return model
     wanted = parse_kernel(kernel)
+    if family in OPERATORS:
+        return _nearest_operator(of_family, wanted)
     related = [m for m in of_family if _bits(parse_kernel(m.kernel)) == _bits(wanted)]
     if not related:
         known = ", ".join(sorted({parse_kernel(m.kernel).dtype for m in of_family})) or "none"
         raise HardwareError(f"{family}: no kernel measured in {wanted.dtype}, known: {known}")
     return max(related, key=lambda m: (*_likeness(parse_kernel(m.kernel), wanted), m.rows))
+
+
+def _nearest_operator(of_family: list[OperatorModel], wanted: KernelName) -> OperatorModel:
+    named = {model.kernel: parse_kernel(model.kernel) for model in of_family}
+    related = [model for model in of_family if named[model.kernel].source == wanted.source]
+    if not related:
+        known = ", ".join(sorted({name.source for name in named.values()})) or "none"
+        raise HardwareError(f"operator {wanted.source!r} was not measured, known: {known}")
+
+    def likeness(model: OperatorModel) -> tuple[float, ...]:
+        name = named[model.kernel]
+        gap = _version_gap(name.version, wanted.version)
+        return (*_likeness(name, wanted), *(-step for step in gap), model.rows)
+
+    return max(related, key=likeness)
+
+
+def _version_gap(one: str, other: str) -> tuple[int, ...]:
+    """Differences of major, minor, patch and so on, four of them; words do not count."""
+    ours, theirs = ([*map(int, re.findall(r"\d+", text)), 0, 0, 0, 0][:4] for text in (one, other))
+    return tuple(abs(a - b) for a, b in zip(ours, theirs, strict=True))
 
 
 def nearest_device(names: Iterable[str], device: Device, known: dict[str, Device]) -> str:

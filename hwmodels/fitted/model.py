@@ -11,7 +11,15 @@ import numpy.typing as npt
 
 from hwmodels.device import Device
 from hwmodels.errors import HardwareError
-from hwmodels.fitted import attention, experts, formula, gemm, latent_attention
+from hwmodels.fitted import (
+    attention,
+    collectives,
+    expert_exchange,
+    experts,
+    formula,
+    gemm,
+    latent_attention,
+)
 from hwmodels.fitted.parts import Floats, Parts, Work
 from hwmodels.fitted.trees import NO_TREES, Trees, evaluate, grow
 
@@ -23,9 +31,12 @@ FAMILIES: Mapping[str, Callable[[Device, Work], Parts]] = MappingProxyType(
         "attention_prefill": attention.prefill_parts,
         "latent_decode": latent_attention.decode_parts,
         "latent_prefill": latent_attention.prefill_parts,
+        "collective": collectives.parts,
+        "exchange_low_latency": expert_exchange.low_latency_parts,
+        "exchange_normal": expert_exchange.normal_parts,
     }
 )
-MOST_TREES, MOST_LEAVES, ROWS_A_TREE = 120, 31, 25
+MOST_TREES, MOST_LEAVES, ROWS_A_TREE = 60, 31, 25
 FEW_ROWS, FEW_LEAVES = 3000, 15
 MOST_CORRECTION = np.log(20.0)  # of the formula by the trees
 RANGE_SLACK = 0.02  # in shape units, about 1.4 % of a size
@@ -97,8 +108,8 @@ def fit_parts(unfitted: OperatorModel, parts: Parts, measured: Floats) -> Operat
         unfitted,
         constants=constants,
         trees=trees,
-        low=features.min(axis=0),
-        high=features.max(axis=0),
+        low=features.min(axis=1),
+        high=features.max(axis=1),
         rows=len(measured),
     )
 
@@ -119,9 +130,9 @@ def predict_parts(model: OperatorModel, parts: Parts, device_name: str) -> Predi
     seconds = formula.seconds(model.constants, parts) * np.exp(
         np.clip(correction, -MOST_CORRECTION, MOST_CORRECTION)
     )
-    beyond = (features < model.low - RANGE_SLACK) | (features > model.high + RANGE_SLACK)
-    extrapolated = beyond.any(axis=1) | (device_name != model.device)
-    return Prediction(seconds, np.asarray(extrapolated))
+    low, high = model.low - RANGE_SLACK, model.high + RANGE_SLACK
+    beyond = ((features < low[:, None]) | (features > high[:, None])).any(axis=0)
+    return Prediction(seconds, np.asarray(beyond | (device_name != model.device)))
 
 
 _NOTHING = (np.zeros(0, np.float32), np.zeros(0, np.float32))

@@ -39,8 +39,11 @@ class Parts:
         return len(next(iter(self.shape.values())))
 
     def features(self) -> npt.NDArray[np.float32]:
-        """float32[n, shapes], what the trees see."""
-        return np.stack(list(self.shape.values()), axis=1).astype(np.float32)
+        """float32[shapes, n], what the trees see."""
+        found = np.empty((len(self.shape), len(self)), np.float32)
+        for row, values in zip(found, self.shape.values(), strict=True):
+            row[:] = values
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +104,13 @@ def checked(family: str, work: Work, columns: Iterable[str], at_least: float = 0
     for name, array in arrays.items():
         if array.ndim != 1 or len(array) not in (1, n):
             raise HardwareError(f"{family}: {name} has shape {array.shape}, expected ({n},)")
-        wrong = ~(np.isfinite(array) & (array >= at_least))
-        if wrong.any():
-            raise HardwareError(f"{family}: {name}={array[wrong][0]:g} must be >= {at_least:g}")
-    return {name: np.broadcast_to(array, n) for name, array in arrays.items()}
+        if not (len(array) and array.min() >= at_least and array.max() < np.inf):  # NaN fails too
+            wrong = array[~(np.isfinite(array) & (array >= at_least))]
+            if len(wrong):
+                raise HardwareError(f"{family}: {name}={wrong[0]:g} must be >= {at_least:g}")
+    return {name: full_length(array, n) for name, array in arrays.items()}
+
+
+def full_length(array: Floats, n: int) -> Floats:
+    """An array of one value or n as one of n (np.broadcast_to is slower for little arrays)."""
+    return array if len(array) == n else np.full(n, array[0])

@@ -27,7 +27,7 @@ from hwmodels.fitted.parts import Floats
 from hwmodels.fitted.tables import Measured
 from hwmodels.fitted.trees import NO_TREES
 
-FOLDS = 8
+FOLDS = 5
 Apart = Literal["shape", "model"]
 # Kernels that ran tuned and undisturbed, so that a formula can be held to a tight bar.
 CLEAN = (

@@ -105,14 +105,14 @@ def load(path: Path) -> FittedDevice:
     if path.stat().st_size > MOST_FILE_BYTES:
         raise HardwareError(f"{path}: over {MOST_FILE_BYTES} bytes, not fitted operators")
     try:
-        with np.load(path, allow_pickle=False) as held:
+        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as held:
             arrays = {name: held[name] for name in ("head", *(name for name, _ in _ARRAYS))}
         read = _File.model_validate(json.loads(arrays["head"].tobytes()))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise HardwareError(f"{path}: {where}: {first['msg'].lower()}") from error
-    except (ValueError, KeyError, OSError, BadZipFile, RecursionError) as error:
+    except (ValueError, KeyError, EOFError, BadZipFile, RecursionError) as error:
         raise HardwareError(f"{path}: not fitted operators: {str(error)[:80]}") from error
     models = _models(read, arrays, path)
     return FittedDevice(read.device, models, read.files, read.data_sha256, read.held_out, read.note)

@@ -14,6 +14,15 @@ import numpy.typing as npt
 
 from hwmodels.errors import HardwareError
 from hwmodels.fitted.benchmark_routing import rank_counts
+from hwmodels.fitted.collective_tables import (
+    COLLECTIVE_SHAPE,
+    EXCHANGE_SHAPE,
+    WIRE_BITS,
+    collective_work,
+    low_latency_work,
+    normal_work,
+    rows_of,
+)
 from hwmodels.fitted.experts import ROUTED, routed
 from hwmodels.fitted.parts import Floats, Work
 
@@ -119,13 +128,13 @@ def _read(path: Path) -> tuple[list[Measured], dict[str, int]]:
     if path.stat().st_size > MOST_FILE_BYTES:
         raise HardwareError(f"{path}: over {MOST_FILE_BYTES} bytes")
     try:
-        rows = pd.read_parquet(path)
+        rows = rows_of(pd.read_parquet(path))
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         raise HardwareError(f"{path}: not a Parquet file: {str(error)[:80]}") from error
     kind = _kind(path, rows)
     known = rows["hw"].isin(list(HARDWARE))
     timed = rows[kind.milliseconds] > 0
-    formats = rows[kind.dtype[0]].isin(list(BITS))
+    formats = rows[kind.dtype[0]].isin([*BITS, *WIRE_BITS])
     skipped = {
         "device not in the catalogue": int((~known).sum()),
         "no time": int((known & ~timed).sum()),
@@ -269,4 +278,10 @@ KINDS = (
           _ATTENTION, _ATTENTION, _BATCH),
     _Kind("attention_prefill", _ATTENTION_COLUMNS, "latency", _ATTENTION_DTYPE, _attention_work,
           _ATTENTION, _ATTENTION, _BATCH),
+    _Kind("collective", ("wire_dtype", "num_gpus", "bytes"), "milliseconds", ("wire_dtype",),
+          collective_work, COLLECTIVE_SHAPE, COLLECTIVE_SHAPE, ("bytes",)),
+    _Kind("exchange_normal", ("wire_dtype", "num_token", "dispatch_sms"), "milliseconds",
+          ("wire_dtype",), normal_work, EXCHANGE_SHAPE, EXCHANGE_SHAPE, ("num_token",)),
+    _Kind("exchange_low_latency", ("wire_dtype", "num_token", "node_num"), "milliseconds",
+          ("wire_dtype",), low_latency_work, EXCHANGE_SHAPE, EXCHANGE_SHAPE, ("num_token",)),
 )  # fmt: skip

@@ -201,7 +201,14 @@ def _device(device: Device) -> dict[str, Any]:
     except HardwareError:  # a host of several sockets has no entry of its own
         about = {}
     figures: dict[str, Any] = output.plain(device)
-    return figures | about
+    return figures | about | {"fitted_operators": _has_fit(device.name)}
+
+
+def _has_fit(device: str) -> bool:
+    """Whether operators fitted on the device come with this installation."""
+    from importlib.resources import files
+
+    return files("hwmodels").joinpath("calibrations", f"{device}.npz").is_file()
 
 
 def _everything() -> dict[str, Any]:
@@ -293,7 +300,8 @@ def _show_one(document: dict[str, Any]) -> None:
 
 
 def _show_device(part: str, device: dict[str, Any]) -> None:
-    said = ("kind", "vendor", "year", "aliases", "confidence", "note", "devices_per_node")
+    said = ("kind", "vendor", "year", "aliases", "confidence", "note", "devices_per_node",
+            "fitted_operators")  # fmt: skip
     facts = {key: device[key] for key in said if key in device}
     if "year" in facts:
         facts["year"] = str(facts["year"])
