@@ -92,11 +92,11 @@ class Efficiency:
     attention_fixed_s: float = 10e-6
     attention_memory_share: float = 0.85
     attention_compute_share: float = 0.58
-    expert_fixed_s: float = 36e-6
+    expert_fixed_s: float = 35e-6
     expert_memory_share: float = 0.88
-    expert_compute_share: float = 0.65
-    expert_compute_share_8bit: float = 0.40
-    expert_activation_share: float = 0.26
+    expert_compute_share: float = 0.92
+    expert_compute_share_8bit: float = 0.39
+    expert_activation_share: float = 0.27
 
     def __post_init__(self) -> None:
         for field in EFFICIENCY_SOURCES:
@@ -110,8 +110,9 @@ class Efficiency:
 _LINEAR = "median share of large linear layers on one H100 SXM in aiconfigurator's measured rows"
 _ATTENTION = "medians over attention kernels on one H100 SXM in aiconfigurator's measured rows"
 _FUSED_MOE = (
-    "least mean |log error| on one H100 SXM, balanced rows: vLLM 0.24.0 Triton fused experts in"
-    " BF16 and FP8 blocks, TensorRT-LLM 1.3.0rc20 CUTLASS in BF16 (14,055 rows)"
+    "least log error on one H100 SXM, balanced and skewed rows without expert parallelism: vLLM"
+    " 0.24.0 Triton fused experts in BF16 and FP8 blocks, SGLang 0.5.14 Triton in FP8 blocks,"
+    " TensorRT-LLM 1.3.0rc20 CUTLASS in BF16; mean error 9 to 15 %, median 5 to 8 % by kernel"
 )
 EFFICIENCY_SOURCES: Mapping[str, Figure] = MappingProxyType(
     {
@@ -122,13 +123,11 @@ EFFICIENCY_SOURCES: Mapping[str, Figure] = MappingProxyType(
         "attention_fixed_s": Figure(10e-6, "derived", _ATTENTION, when="8 to 16 us by kernel"),
         "attention_memory_share": Figure(0.85, "derived", _ATTENTION, when="0.77 to 0.89"),
         "attention_compute_share": Figure(0.58, "derived", _ATTENTION, when="0.53 to 0.65"),
-        "expert_fixed_s": Figure(36e-6, "derived", _FUSED_MOE),
+        "expert_fixed_s": Figure(35e-6, "derived", _FUSED_MOE),
         "expert_memory_share": Figure(0.88, "derived", _FUSED_MOE),
-        "expert_compute_share": Figure(
-            0.65, "derived", _FUSED_MOE, when="large rows of the Triton kernel"
-        ),
-        "expert_compute_share_8bit": Figure(0.40, "derived", _FUSED_MOE, when="SGLang agrees"),
-        "expert_activation_share": Figure(0.26, "derived", _FUSED_MOE),
+        "expert_compute_share": Figure(0.92, "derived", _FUSED_MOE),
+        "expert_compute_share_8bit": Figure(0.39, "derived", _FUSED_MOE),
+        "expert_activation_share": Figure(0.27, "derived", _FUSED_MOE),
     }
 )
 DEFAULT_EFFICIENCY = Efficiency()

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hwmodels.errors import HardwareError
+from hwmodels.fitted.experts import ROUTED, routed
 
 DRAWS = 12  # of a power law, averaged: the table's own draw is not known
 TRIES = 20
@@ -43,6 +44,15 @@ def rank_counts(
     draws = (_power_law(tokens, experts, top_k, exponent, rng) for _ in range(DRAWS))
     by_rank = (counts.reshape(ranks, -1) for counts in draws)
     return tuple(counts[counts.sum(axis=1).argmax()] for counts in by_rank)
+
+
+@functools.cache
+def mean_routed(
+    tokens: int, experts: int, top_k: int, ranks: int, distribution: str
+) -> tuple[float, ...]:
+    """The columns `experts.ROUTED` of the timed rank, in their order, each the mean over draws."""
+    columns = routed(np.stack(rank_counts(tokens, experts, top_k, ranks, distribution)))
+    return tuple(float(columns[name].mean()) for name in ROUTED)
 
 
 def _balanced(tokens: int, experts: int, top_k: int) -> Counts:

@@ -111,7 +111,7 @@ def _bits(kernel: KernelName) -> str:
 
 def _likeness(kernel: KernelName, wanted: KernelName) -> tuple[bool, bool, bool]:
     return (
-        kernel.code == wanted.code,
+        bool(wanted.code) and kernel.code == wanted.code,  # a name may not say its code
         kernel.dtype == wanted.dtype,
         kernel.framework == wanted.framework,
     )

@@ -37,6 +37,7 @@ FAMILIES: Mapping[str, Callable[[Device, Work], Parts]] = MappingProxyType(
     }
 )
 MOST_TREES, MOST_LEAVES, ROWS_A_TREE = 60, 31, 25
+MORE_TREES = MappingProxyType({"experts": 100})  # of families with more to say
 FEW_ROWS, FEW_LEAVES = 3000, 15
 MOST_CORRECTION = np.log(20.0)  # of the formula by the trees
 RANGE_SLACK = 0.02  # in shape units, about 1.4 % of a size
@@ -101,7 +102,8 @@ def fit_parts(unfitted: OperatorModel, parts: Parts, measured: Floats) -> Operat
     constants = formula.fit(parts, measured)
     features = parts.features()
     left = np.log(measured / formula.seconds(constants, parts))
-    n_trees = min(MOST_TREES, len(measured) // ROWS_A_TREE)
+    most = MORE_TREES.get(unfitted.family, MOST_TREES)
+    n_trees = min(most, len(measured) // ROWS_A_TREE)
     leaves = FEW_LEAVES if len(measured) < FEW_ROWS else MOST_LEAVES
     trees = grow(features, left, n_trees, leaves) if n_trees else NO_TREES
     return replace(

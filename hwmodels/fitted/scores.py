@@ -219,10 +219,10 @@ def skew_scores(predicted: Sequence[Predicted]) -> dict[str, SkewScore]:
     if not frames:
         return {}
     rows, keys = pd.concat(frames), ["kernel", "shape", "tokens"]
-    balanced = rows[rows["skew"] == "balanced"].set_index(keys)[["measured", "predicted"]]
+    balanced = rows[rows["skew"] == "balanced"][[*keys, "measured", "predicted"]]
     found = {}
     for skew, of_skew in rows[rows["skew"] != "balanced"].groupby("skew"):
-        both = of_skew.join(balanced, on=keys, rsuffix="_balanced").dropna()
+        both = of_skew.merge(balanced, on=keys, suffixes=("", "_balanced")).dropna()
         measured = (both["measured"] / both["measured_balanced"]).to_numpy(np.float64)
         ratio = (both["predicted"] / both["predicted_balanced"]).to_numpy(np.float64)
         differs = np.abs(measured - 1) > 0.05

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hwmodels.errors import HardwareError
-from hwmodels.fitted.benchmark_routing import rank_counts
+from hwmodels.fitted.benchmark_routing import mean_routed
 from hwmodels.fitted.collective_tables import (
     COLLECTIVE_SHAPE,
     EXCHANGE_SHAPE,
@@ -23,7 +23,7 @@ from hwmodels.fitted.collective_tables import (
     normal_work,
     rows_of,
 )
-from hwmodels.fitted.experts import ROUTED, routed
+from hwmodels.fitted.experts import ROUTED
 from hwmodels.fitted.parts import Floats, Work
 
 if TYPE_CHECKING:
@@ -222,12 +222,10 @@ def _benchmark_counts(rows: pd.DataFrame) -> dict[str, Floats]:
     """ROUTED of each row: the mean over draws of its distribution."""
     key = ["num_tokens", "num_experts", "topk", "moe_ep_size", "distribution"]
     distinct = rows[key].drop_duplicates()
-    found = []
-    for tokens, experts, top_k, ranks, distribution in distinct.itertuples(index=False):
-        draws = np.stack(rank_counts(int(tokens), int(experts), int(top_k), int(ranks),
-                                     str(distribution)))  # fmt: skip
-        columns = routed(draws)
-        found.append([columns[name].mean() for name in ROUTED])
+    found = [
+        mean_routed(int(tokens), int(experts), int(top_k), int(ranks), str(distribution))
+        for tokens, experts, top_k, ranks, distribution in distinct.itertuples(index=False)
+    ]
     of_key = distinct.assign(**dict(zip(ROUTED, np.array(found).T, strict=True)))
     merged = rows[key].merge(of_key, on=key, how="left")
     return {name: merged[name].to_numpy(np.float64) for name in ROUTED}

@@ -20,6 +20,7 @@ LEAF = 255  # in place of a feature
 MOST_LEAVES = 31  # so that a child's place in its tree fits a byte
 LEARNING_RATE = 0.12
 MOST_LEVELS = 6
+MANTISSA_BITS = 11
 LEAST_IN_LEAF = 20
 
 
@@ -92,7 +93,7 @@ def grow(features: npt.NDArray[np.float32], target: Floats, n_trees: int, leaves
         early_stopping=False,
         random_state=0,
     )
-    with threadpool_limits(1):  # threads that wait for each other cost more than they gain here
+    with threadpool_limits(1):  # more wait for each other, and sums would depend on how many
         grown = unfitted.fit(features.T, target)
     parts = [_flat(of_step[0].nodes) for of_step in grown._predictors]
     sizes = [len(feature) for feature, _, _ in parts]
@@ -137,7 +138,14 @@ def _flat(nodes: np.ndarray) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.floa
     is_leaf = ordered["is_leaf"].astype(bool)
     feature = np.where(is_leaf, LEAF, ordered["feature_idx"]).astype(np.uint8)
     number = np.where(is_leaf, ordered["value"], ordered["num_threshold"]).astype(np.float32)
-    return feature, number, left
+    return feature, short(number), left
+
+
+def short(numbers: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """The numbers to MANTISSA_BITS of their mantissa, so that files are smaller."""
+    dropped = 23 - MANTISSA_BITS
+    bits = numbers.view(np.uint32) + np.uint32(1 << (dropped - 1))
+    return (bits & np.uint32(0xFFFFFFFF << dropped & 0xFFFFFFFF)).view(np.float32)
 
 
 @numba.njit(cache=True, nogil=True)

@@ -17,7 +17,7 @@ from hwmodels.fitted.scores import Predicted, cross_validate, fit_groups, with_e
 from hwmodels.fitted.store import FittedDevice, save
 from moesim import __version__
 from moesim.cli import output
-from moesim.cli.table_inputs import TableInputs, one_thread, read
+from moesim.cli.table_inputs import TableInputs, read
 from moesim.errors import SimulationError
 
 SUFFIX = ".npz"
@@ -56,7 +56,7 @@ def calibrate_tables(data: Sequence[Path], out: Path | None, check: bool) -> Don
         raise SimulationError(f"{rows} rows of {len(inputs.groups)} kernels: too few to fit one")
     files = _targets(sorted({group.device for group in groups}), out)
     steps = len(groups) * (2 if check else 1)
-    with output.progress(steps, "fitting kernels") as advance, one_thread():
+    with output.progress(steps, "fitting kernels") as advance:
         models = fit_groups(groups, load_device, lambda kernel: advance(1))
         checked = (
             cross_validate(groups, load_device, step=lambda kernel: advance(1)) if check else []

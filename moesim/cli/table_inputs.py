@@ -92,19 +92,6 @@ def table_files(paths: Sequence[Path]) -> Iterator[list[Path]]:
         yield found
 
 
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Fits of the block use one thread.
-
-    They are of a few thousand rows each: more threads mostly wait for each other (on two busy cores
-    a fit took 36 s in place of 0.1 s), and sums would depend on their number.
-    """
-    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
-
-    with threadpool_limits(limits=1):
-        yield
-
-
 def _is_table(path: Path) -> bool:
     if str(path).startswith(INSTALLED):
         return True

@@ -19,7 +19,7 @@ from hwmodels.fitted.scores import CLEAN, Apart, Predicted, cross_validate, fit_
 from hwmodels.fitted.store import FittedDevice, load, shipped, shipped_names
 from hwmodels.fitted.trees import NO_TREES
 from moesim.cli import output
-from moesim.cli.table_inputs import TableInputs, one_thread, read, refuse_shared
+from moesim.cli.table_inputs import TableInputs, read, refuse_shared
 from moesim.errors import SimulationError
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ def _wanted(data: TableInputs, kernels: str) -> tuple[list[Measured], dict[str, 
 def _apart(groups: Sequence[Measured], apart: Apart) -> Outcome:
     """Each row by a fit to other rows of its own kernel and device."""
     label = "fitting kernels without the rows they predict"
-    with output.progress(len(groups), label) as advance, one_thread():
+    with output.progress(len(groups), label) as advance:
         found = cross_validate(groups, load_device, apart, lambda kernel: advance(1))
     few = _n_rows(groups) - _n_rows([of.rows for of in found])
     missing = sum(int(np.isnan(of.prediction.seconds).sum()) for of in found)
@@ -131,7 +131,7 @@ def _by_fit(groups: Sequence[Measured], fit: TableInputs) -> Outcome:
     speakers = _speakers([_blank(g) for g in able.values()], groups)
     needed = {_key(model): able[_key(model)] for _, model in speakers}
     label = "fitting the kernels that are asked for"
-    with output.progress(len(needed), label) as advance, one_thread():
+    with output.progress(len(needed), label) as advance:
         fitted = fit_groups(list(needed.values()), load_device, lambda kernel: advance(1))
     by_key = {_key(model): model for model in fitted}
     spoken = [(group, by_key[_key(model)]) for group, model in speakers]

@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from hwmodels.fitted.benchmark_routing import rank_counts
-from hwmodels.fitted.experts import ROUTED, routed
+from hwmodels.fitted.benchmark_routing import mean_routed
+from hwmodels.fitted.experts import ROUTED
 from hwmodels.fitted.parts import Floats, Work, full_length
 from hwmodels.fitted.tables import BITS
 from moesim.errors import SimulationError
@@ -327,18 +327,20 @@ class _Step:
         present: np.ndarray,
     ) -> Operator:  # fmt: skip
         n = len(self.passes.sequences)
-        columns = {
-            key: full_length(np.atleast_1d(np.asarray(value, np.float64)), n)
-            for key, value in work.items()
-        }
+        columns = {key: _column(value, n) for key, value in work.items()}
         return Operator(name, family, dtype, float(times), columns, full_length(present, n))
+
+
+def _column(value: object, n: int) -> Floats:
+    if isinstance(value, np.ndarray) and value.shape == (n,):
+        return value
+    return full_length(np.atleast_1d(np.asarray(value, np.float64)), n)
 
 
 def expert_counts(model: ModelSpec, ranks: int, routing: str, tokens: Floats) -> dict[str, Floats]:
     """The columns ROUTED of the busiest rank for float64[n] tokens of the group."""
     sizes, place = np.unique(tokens.astype(np.int64), return_inverse=True)
-    of_size = [
-        routed(np.stack(rank_counts(int(size), model.n_experts, model.top_k, ranks, routing)))
-        for size in sizes
-    ]
-    return {name: np.array([of[name].mean() for of in of_size])[place] for name in ROUTED}
+    of_size = np.array(
+        [mean_routed(int(n), model.n_experts, model.top_k, ranks, routing) for n in sizes]
+    )
+    return dict(zip(ROUTED, of_size[place].T, strict=True))

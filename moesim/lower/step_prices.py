@@ -112,11 +112,11 @@ class Prices:
             name: np.concatenate([operator.work[name][operator.present] for operator in operators])
             for name in operators[0].work
         }
-        seconds = self._priced(operators[0], work)
-        ends = np.cumsum([operator.present.sum() for operator in operators])[:-1]
-        parts = np.split(seconds, ends)
-        for operator, of_operator, part in zip(operators, found, parts, strict=True):
-            of_operator[operator.present] = part
+        seconds, start = self._priced(operators[0], work), 0
+        for operator, of_operator in zip(operators, found, strict=True):
+            end = start + int(np.count_nonzero(operator.present))
+            of_operator[operator.present] = seconds[start:end]
+            start = end
 
     def _priced(self, operator: Operator, work: Mapping[str, Floats]) -> Floats:
         if operator.family == ELEMENTWISE:
