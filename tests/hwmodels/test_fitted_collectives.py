@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
@@ -229,16 +227,6 @@ def test_the_nearest_version_of_the_same_operator_speaks_for_another_version() -
         nearest_kernel(models, "collective", "nccl 2.26.2 half broadcast")
 
 
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Of scikit-learn: in fits as small as these, threads only wait for each other."""
-    import sklearn.ensemble  # noqa: F401  loads the library whose threads are counted
-    from threadpoolctl import threadpool_limits
-
-    with threadpool_limits(1):
-        yield
-
-
 @pytest.fixture(scope="module")
 def measured(shared: Path) -> Table:
     files = [shared / "measured" / f"calibration-{name}.parquet" for name in TABLES]
@@ -251,8 +239,7 @@ def measured(shared: Path) -> Table:
 def on_h200(shared: Path, measured: Table) -> list[Predicted]:
     files = [shared / "measured" / f"validation-{name}.parquet" for name in TABLES]
     groups = [group for group in measured.groups if group.device == "h100"]
-    with one_thread():
-        models = fit_groups(groups, load_device)
+    models = fit_groups(groups, load_device)
     return predict_groups(models, read_tables(files).groups, load_device)
 
 
@@ -286,7 +273,6 @@ def test_no_validation_row_is_of_several_nodes(on_h200: list[Predicted]) -> None
 
 def test_low_latency_exchanges_of_unseen_shapes_are_within_five_per_cent(measured: Table) -> None:
     groups = [group for group in measured.groups if group.family == "exchange_low_latency"]
-    with one_thread():
-        found = cross_validate(groups, load_device)
+    found = cross_validate(groups, load_device)
     assert len(found) == 2
     assert 1 < error_pct(found, "exchange_low_latency") <= 5

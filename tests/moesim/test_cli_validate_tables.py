@@ -17,7 +17,6 @@ from hwmodels.fitted.model import Prediction, parts_of, predict
 from hwmodels.fitted.scores import CLEAN, Predicted, fit_groups, predict_groups
 from hwmodels.fitted.tables import read_tables
 from moesim.cli import validate_tables, validate_tables_report
-from moesim.cli.table_inputs import one_thread
 from moesim.report.fit_pictures import fit_pictures
 from tests.moesim.cli_case import moesim, refused
 
@@ -106,8 +105,7 @@ def test_only_the_kernels_that_speak_are_fitted_and_the_answer_is_that_of_all(
     paths = [folder / "h200.parquet"], [folder / "h100.parquet"]
     outcome = validate_tables.run(validate_tables.Wish(*paths))
     groups, fit = read_tables(paths[0]).groups, read_tables(paths[1]).groups
-    with one_thread():
-        (expected,) = predict_groups(fit_groups(fit, load_device), groups, load_device)
+    (expected,) = predict_groups(fit_groups(fit, load_device), groups, load_device)
     (found,) = outcome.predicted
     assert found.fitted_as == expected.fitted_as
     np.testing.assert_array_equal(found.prediction.seconds, expected.prediction.seconds)
