@@ -132,6 +132,22 @@ def _read(path: Path) -> tuple[list[Measured], dict[str, int]]:
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         raise HardwareError(f"{path}: not a Parquet file: {str(error)[:80]}") from error
     kind = _kind(path, rows)
+    try:
+        return _groups(kind, rows)
+    except HardwareError as error:
+        raise HardwareError(f"{path}: {error}") from error
+    except (
+        KeyError,
+        TypeError,
+        ValueError,
+        OverflowError,
+    ) as error:  # a column that is missing, or holds words
+        why = str(error).strip("'")[:80]
+        raise HardwareError(f"{path}: not a table of {kind.family}: {why}") from error
+
+
+def _groups(kind: _Kind, rows: pd.DataFrame) -> tuple[list[Measured], dict[str, int]]:
+    """The kernels of a table, and how many rows were left out by reason."""
     known = rows["hw"].isin(list(HARDWARE))
     timed = rows[kind.milliseconds] > 0
     formats = rows[kind.dtype[0]].isin([*BITS, *WIRE_BITS])

@@ -48,18 +48,11 @@ def read(paths: Sequence[Path]) -> TableInputs:
 
     raises  SimulationError or HardwareError naming the file that cannot be used; OSError
     """
-    from hwmodels.errors import HardwareError
     from hwmodels.fitted.tables import read_tables
 
     with table_files(paths) as files:
         digests = {path.name: _digest(path) for path in files}
-        try:
-            table = read_tables(files)
-        except HardwareError:
-            raise
-        except (KeyError, ValueError, TypeError, OverflowError) as error:
-            names = ", ".join(path.name for path in files)
-            raise SimulationError(f"{names}: a column is missing or wrong: {error}") from error
+        table = read_tables(files)
     if not table.groups:
         reasons = ", ".join(f"{reason} {n}" for reason, n in table.skipped.items()) or "empty"
         raise SimulationError(f"{', '.join(digests)}: no row that can be used ({reasons})")

@@ -334,6 +334,8 @@ class _Step:
 def _column(value: object, n: int) -> Floats:
     if isinstance(value, np.ndarray) and value.shape == (n,):
         return value
+    if isinstance(value, int | float):
+        return np.full(n, float(value))
     return full_length(np.atleast_1d(np.asarray(value, np.float64)), n)
 
 

@@ -108,8 +108,11 @@ class Prices:
 
     def _price(self, operators: Sequence[Operator], found: Sequence[Floats]) -> None:
         """Fill in the seconds of operators of one family, format and number of ranks."""
+        everywhere = all(operator.present.all() for operator in operators)
         work = {
-            name: np.concatenate([operator.work[name][operator.present] for operator in operators])
+            name: np.concatenate(
+                [of.work[name] if everywhere else of.work[name][of.present] for of in operators]
+            )
             for name in operators[0].work
         }
         seconds, start = self._priced(operators[0], work), 0

@@ -202,3 +202,31 @@ def test_benchmark_routing_conserves_slots_and_takes_the_busiest_rank(
 def test_one_token_costs_one_expert_a_rank_when_experts_divide_evenly() -> None:
     (counts,) = rank_counts(1, 256, 8, 8, "balanced")
     assert counts.tolist() == [1] + [0] * 31
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"hw": None}, r"t.parquet: not a table of gemm: hw|no known table"),
+        ({"m": "many"}, r"t.parquet: not a table of gemm: .*many"),
+        ({"m": -4}, None),
+    ],
+)
+def test_a_table_with_wrong_columns_is_refused_in_one_line(
+    tmp_path: Path, changed: dict, said: str | None
+) -> None:
+    import pandas as pd
+
+    from hwmodels.fitted.tables import read_tables
+
+    row = {"hw": "h100_sxm", "framework": "vllm", "version": "1", "gemm_dtype": "bfloat16",
+           "kernel_source": "torch", "m": 4, "n": 64, "k": 64, "latency_ms": 0.01}  # fmt: skip
+    frame = pd.DataFrame([row | changed]).dropna(axis=1)
+    frame.to_parquet(tmp_path / "t.parquet")
+    if said is None:
+        (group,) = read_tables([tmp_path / "t.parquet"]).groups
+        with pytest.raises(HardwareError, match="m=-4 must be >= 0"):
+            parts_of(group.family, H100, group.work)
+        return
+    with pytest.raises(HardwareError, match=said):
+        read_tables([tmp_path / "t.parquet"])
