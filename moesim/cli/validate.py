@@ -51,8 +51,8 @@ def kernels(
         bool, typer.Option("--shipped", help="Predict tables by the fits that moesim comes with.")
     ] = False,
     apart: Annotated[
-        str, typer.Option(help="Of tables: no fit sees the shape it predicts, or the model.")
-    ] = "shape",
+        str, typer.Option(help="Of tables: fit here, never to the shape, or model, it predicts.")
+    ] = "",
     kernels: Annotated[
         str, typer.Option(help="Of tables: all, or the clean ones that ran tuned and undisturbed.")
     ] = "all",
@@ -72,9 +72,11 @@ def kernels(
     """Score predictions against measured rows that no fit has seen.
 
     Rows of `moesim bench` without a calibration: the shapes are dealt into five parts, and each
-    part is predicted by a fit to the other four. Tables alone: likewise, in eight parts, a kernel
-    and device at a time. Tables with --fit, --shipped or --calibration: by the nearest kernel of
-    the nearest device there; the answer says when that had seen the rows.
+    part is predicted by a fit to the other four. Tables alone: by the fits that moesim comes with,
+    unless these saw the table; then, or with --apart, in five parts likewise, a kernel and device
+    at a time. Fits of tables that are held back (validation-*) never score unasked. Tables with
+    --fit, --shipped or --calibration: by the nearest kernel of the nearest device there; the
+    answer says when that had seen the rows.
     """
     from moesim.cli.table_inputs import are_tables
 
@@ -85,7 +87,7 @@ def kernels(
         passed = _of_tables(wish, tolerance, folder, as_json)
     else:
         given = {"--fit": fit, "--shipped": shipped, "--output": folder}
-        given |= {"--apart": apart != "shape", "--kernels": kernels != "all"}
+        given |= {"--apart": bool(apart), "--kernels": kernels != "all"}
         _refuse_given(given)
         passed = _of_rows(data, (calibration, seed), tolerance, as_json)
     if strict and not passed:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 APARTS: Mapping[str, Apart] = {"shape": "shape", "model": "model"}
 KERNELS = ("all", "clean")
+HELD_BACK = "validation-"  # tables of such names are kept for scoring; what saw them does not score
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +35,8 @@ class Wish:
     """What to score, and by which fit; at most one of fit, calibration and shipped.
 
     data, fit    tables; calibration, a file or folder of fitted operators
-    apart        what a fold of the cross-validation has of its own: "shape" or "model"
+    apart        what a fold of a cross-validation has of its own: "shape" or "model"; "" asks for
+                 none where the shipped fits have not seen the data
     kernels      "all" or "clean"
     """
 
@@ -42,7 +44,7 @@ class Wish:
     fit: Sequence[Path] = ()
     calibration: Path | None = None
     shipped: bool = False
-    apart: str = "shape"
+    apart: str = ""
     kernels: str = "all"
 
 
@@ -78,8 +80,10 @@ def run(wish: Wish) -> Outcome:
         done = _by_fit(groups, read(wish.fit))
     elif wish.shipped or wish.calibration:
         done = _by_stored(groups, data, _stored(wish.calibration))
+    elif not wish.apart and (unseen := _unseen(data)):
+        done = _by_stored(groups, data, unseen)
     else:
-        done = _apart(groups, APARTS[wish.apart])
+        done = _apart(groups, APARTS[wish.apart or "shape"])
     counted = Counter(skipped) + Counter(done.skipped)
     if not done.predicted:
         raise SimulationError(f"no row is left to score: {_reasons(counted)}")
@@ -88,7 +92,7 @@ def run(wish: Wish) -> Outcome:
 
 def _check(wish: Wish) -> None:
     for flag, value, known in (
-        ("--apart", wish.apart, tuple(APARTS)),
+        ("--apart", wish.apart or "shape", tuple(APARTS)),
         ("--kernels", wish.kernels, KERNELS),
     ):
         if value not in known:
@@ -165,6 +169,19 @@ def seen_by(fitted: FittedDevice, data: TableInputs) -> str:
     if installed := [name for name in data.files if name.startswith("aiconfigurator-")]:
         return f"{of} may have seen rows of {installed[0]}"
     return ""
+
+
+def _unseen(data: TableInputs) -> list[FittedDevice]:
+    """The shipped fits that may score the data; none when one of them saw it.
+
+    Those fitted to tables that are held back are left out: they would know the answer.
+    """
+    usable = [
+        fitted for name in shipped_names()
+        if (fitted := shipped(name)) is not None
+        and not any(file.startswith(HELD_BACK) for file in fitted.files)
+    ]  # fmt: skip
+    return [] if any(seen_by(fitted, data) for fitted in usable) else usable
 
 
 def _stored(path: Path | None) -> list[FittedDevice]:

@@ -76,7 +76,7 @@ def score(*arguments: object) -> dict:
 def test_rows_of_a_known_law_are_predicted_from_other_shapes_within_its_noise(
     folder: Path,
 ) -> None:
-    found = score("--data", folder / "h200.parquet")
+    found = score("--data", folder / "h200.parquet", "--apart", "shape")
     assert set(found) >= KEYS | MORE_KEYS
     assert found["rows"] == ROWS
     assert found["held_out"] == "other shapes of the same kernel and device"
@@ -84,6 +84,21 @@ def test_rows_of_a_known_law_are_predicted_from_other_shapes_within_its_noise(
     assert 0.3 < found["median_abs_pct_error"] < 5  # below the noise would be a leak
     assert found["passed"] is True
     assert set(found["groups"]["device h200"]) == KEYS - {"skipped"}
+
+
+def test_unasked_the_shipped_fits_predict_but_never_one_of_tables_that_are_held_back(
+    folder: Path,
+) -> None:
+    found = score("--data", folder / "h200.parquet")
+    assert found["held_out"] == "calibrations of h100"  # the H200's own was fitted to such tables
+    assert {of["by_device"] for of in found["fitted_as"]} == {"h100"}
+    own = score("--data", folder / "h200.parquet", "--shipped")
+    assert own["held_out"] == "calibrations of h200"
+
+
+def test_a_table_that_the_shipped_fits_saw_is_scored_by_shapes_kept_apart(shared: Path) -> None:
+    found = score("--data", shared / "measured" / "calibration-context_mla.parquet")
+    assert found["held_out"] == "other shapes of the same kernel and device"
 
 
 def test_a_fit_on_one_device_predicts_another_and_says_so(folder: Path) -> None:
@@ -253,7 +268,7 @@ def test_a_table_that_cannot_be_used_is_refused_in_one_line(
     tmp_path: Path, change, word: str
 ) -> None:
     path = table(tmp_path / "bad.parquet", change(law_rows("h100_sxm", "torch")))
-    refused(moesim("validate", "kernels", "--data", path), word)
+    refused(moesim("validate", "kernels", "--data", path, "--apart", "shape"), word)
     refused(moesim("calibrate", "--data", path, "-o", tmp_path / "fits"))
     assert not list(tmp_path.rglob("*.npz"))
 
