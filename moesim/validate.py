@@ -69,10 +69,14 @@ class EndToEnd:
 
 @dataclass(frozen=True, slots=True)
 class EndToEndScore:
-    """The score of all runs, Spearman's rank correlation, and scores by what a run has."""
+    """The score of all runs, Spearman's rank correlation, and scores by what a run has.
+
+    steady_rank_correlation  of the runs that did not queue (`ServingRow.queued`)
+    """
 
     overall: Score
     rank_correlation: float
+    steady_rank_correlation: float
     groups: Mapping[str, Score]
 
 
@@ -102,17 +106,28 @@ def predict_serving(read: ServingRows, fitted: FittedDevice) -> EndToEnd:
 
 def score_serving(found: EndToEnd) -> EndToEndScore:
     """Scores over all runs and by backend, version, model, system, split and load."""
-    from scipy.stats import spearmanr
-
     errors = found.errors
     groups = {}
     for label, of in LABELS.items():
         values = [of(row) for row in found.rows]
         for value in sorted(set(values), key=lambda text: (len(text), text)):
             groups[f"{label} {value}"] = score_of(errors[[v == value for v in values]])
-    several = len(errors) > 1 and np.ptp(found.measured) > 0 and np.ptp(found.seconds) > 0
-    correlation = spearmanr(found.seconds, found.measured).statistic if several else np.nan
-    return EndToEndScore(score_of(errors), float(correlation), groups)
+    steady = np.array([not row.queued for row in found.rows])
+    return EndToEndScore(
+        score_of(errors),
+        _rank_correlation(found.seconds, found.measured),
+        _rank_correlation(found.seconds[steady], found.measured[steady]),
+        groups,
+    )
+
+
+def _rank_correlation(predicted: Floats, measured: Floats) -> float:
+    """Spearman's; NaN where one side has a single value."""
+    from scipy.stats import spearmanr
+
+    if len(measured) < 2 or not (np.ptp(measured) > 0 and np.ptp(predicted) > 0):
+        return float("nan")
+    return float(spearmanr(predicted, measured).statistic)
 
 
 def _predicted(rows: Sequence[ServingRow], fitted: FittedDevice) -> Floats:
@@ -151,6 +166,7 @@ LABELS: Mapping[str, Callable[[ServingRow], str]] = MappingProxyType(
         "batch": lambda row: f"{row.concurrency:g}",
         "lengths": lambda row: f"{row.isl:g}/{row.osl:g}",
         "split": _split,
+        "load": lambda row: "queued" if row.queued else "steady",
         "runs": lambda row: f"{row.model_path}, {row.system}, {row.backend} {row.version}",
     }
 )

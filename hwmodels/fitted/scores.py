@@ -89,7 +89,7 @@ def predict_groups(
     found = []
     for group in groups:
         device = load(group.device)
-        model = _model_for(models, group, device, known)
+        model = model_for(models, group, device, known)
         spoke = f"{model.device}: {model.kernel}"
         found.append(Predicted(group, predict(model, device, group.work), spoke))
     return found
@@ -144,8 +144,7 @@ def with_errors(model: OperatorModel, checked: Predicted) -> OperatorModel:
 
 
 def group_scores(predicted: Sequence[Predicted]) -> dict[str, Score]:
-    """Scores over all rows ("all"), of clean kernels, and by device, family, kernel, dtype, token
-    range and skew; a name says what it groups by ("dtype fp8")."""  # noqa: D205
+    """Scores over all rows ("all"), and by each of LABELS; "dtype fp8" is one of dtype."""
     errors = np.concatenate([of.errors for of in predicted])
     known = np.isfinite(errors)
     if not known.any():
@@ -234,10 +233,14 @@ def skew_scores(predicted: Sequence[Predicted]) -> dict[str, SkewScore]:
     return found
 
 
-def _model_for(
+def model_for(
     models: Sequence[OperatorModel], group: Measured, device: Device, known: dict[str, Device]
 ) -> OperatorModel:
-    """Of the devices that have the format, the nearest; of its kernels, the nearest."""
+    """Of the devices that have the format, the nearest; of its kernels, the nearest.
+
+    device  of the group; known, the devices of the models by name
+    raises  HardwareError when no device has a kernel of the format
+    """
     able: dict[str, OperatorModel] = {}
     for name in known:
         try:

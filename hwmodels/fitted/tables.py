@@ -136,12 +136,8 @@ def _read(path: Path) -> tuple[list[Measured], dict[str, int]]:
         return _groups(kind, rows)
     except HardwareError as error:
         raise HardwareError(f"{path}: {error}") from error
-    except (
-        KeyError,
-        TypeError,
-        ValueError,
-        OverflowError,
-    ) as error:  # a column that is missing, or holds words
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        # a column that is missing, or holds words
         why = str(error).strip("'")[:80]
         raise HardwareError(f"{path}: not a table of {kind.family}: {why}") from error
 

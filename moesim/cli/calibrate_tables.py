@@ -45,7 +45,7 @@ def calibrate_tables(data: Sequence[Path], out: Path | None, check: bool) -> Don
     """Fit every kernel, and write a file for each device.
 
     out    a .npz file when the tables are of one device, else a folder; None names one here
-    check  also measure the error on shapes kept apart, which takes eight times as long
+    check  also measure the error on shapes kept apart, which takes several times as long
     raises SimulationError when there is nothing to fit, or one file for several devices; OSError
     """
     inputs = read(data)

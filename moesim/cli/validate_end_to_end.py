@@ -56,6 +56,7 @@ def document(found: EndToEnd, score: EndToEndScore) -> dict[str, Any]:
     """The keys that scripts rely on; `skipped` counts, `skipped_why` says for what reason."""
     return asdict(score.overall) | {
         "rank_correlation": score.rank_correlation,
+        "steady_rank_correlation": score.steady_rank_correlation,
         "skipped": sum(found.skipped.values()),
         "skipped_why": dict(found.skipped),
         "fitted_on": found.fitted_on,
@@ -81,6 +82,8 @@ def _show(found: EndToEnd, score: EndToEndScore) -> None:
     title = f"Time per output token against measured (operators fitted on {found.fitted_on})"
     output.table(title, COLUMNS, table)
     output.say(f"rank correlation: {score.rank_correlation:.3f}")
+    steady = score.steady_rank_correlation
+    output.say(f"the same of runs that decoded longer than they waited: {steady:.3f}")
     output.say(f"extrapolated, on another device than {found.fitted_on}: {found.extrapolated}")
     for reason, count in found.skipped.items():
         output.say(f"skipped, {reason}: {count}")

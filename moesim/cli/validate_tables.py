@@ -13,9 +13,15 @@ import numpy as np
 from hwmodels.devices import load_device
 from hwmodels.errors import HardwareError
 from hwmodels.fitted.formula import LEAST_ROWS
-from hwmodels.fitted.kernels import nearest_device, nearest_kernel
 from hwmodels.fitted.model import OperatorModel, Prediction, parts_of, predict_parts
-from hwmodels.fitted.scores import CLEAN, Apart, Predicted, cross_validate, fit_groups
+from hwmodels.fitted.scores import (
+    CLEAN,
+    Apart,
+    Predicted,
+    cross_validate,
+    fit_groups,
+    model_for,
+)
 from hwmodels.fitted.store import FittedDevice, load, shipped, shipped_names
 from hwmodels.fitted.trees import NO_TREES
 from moesim.cli import output
@@ -202,17 +208,11 @@ def _speakers(
     known = {name: load_device(name) for name in {model.device for model in models}}
     found = []
     for group in groups:
-        able = {}
-        for name in known:
-            try:
-                able[name] = nearest_kernel(
-                    (m for m in models if m.device == name), group.family, group.kernel
-                )
-            except HardwareError:  # no kernel of the format there
-                continue
-        if able:
-            spoke = able[nearest_device(able, load_device(group.device), known)]
-            found.append((group, spoke))
+        try:
+            model = model_for(models, group, load_device(group.device), known)
+        except HardwareError:  # no kernel of the format on any device
+            continue
+        found.append((group, model))
     return found
 
 

@@ -15,11 +15,12 @@ from hwmodels.fitted.store import save, shipped
 from moesim.cli.validate_end_to_end import end_to_end
 from moesim.errors import SimulationError
 from moesim.lower.engine_step import Ranks
-from moesim.serving_rows import COLUMNS, NOT_AGGREGATED, PIPELINE, QUEUED, read_serving
+from moesim.serving_rows import COLUMNS, NOT_AGGREGATED, PIPELINE, read_serving
 from moesim.validate import predict_serving, score_serving
 from tests.moesim.formula_device import formula_device
 
-MEDIAN_BAR, RANK_BAR, LEAST_ROWS = 15.0, 0.95, 540
+MEDIAN_BAR, RANK_BAR, LEAST_ROWS = 15.0, 0.95, 560
+RANK_BAR_WITH_QUEUED = 0.92  # short of RANK_BAR: ten runs of unknown concurrency are in it
 RUN = {
     "id": "a_tp8_ep8_1", "silicon_data_source": "x", "backend": "vllm", "backend_version": "1",
     "model_path": "Qwen/Qwen3-235B-A22B-FP8", "system": "h200_sxm", "mode": "agg", "isl": "1024",
@@ -80,8 +81,9 @@ def test_rows_that_cannot_be_priced_are_counted_with_the_reason(tmp_path: Path) 
         {"system": "abacus"},
     )  # fmt: skip
     found = predict_serving(read_serving(path), formula_device())
-    assert (len(found.rows), sum(found.skipped.values())) == (1, 7)
-    assert {NOT_AGGREGATED, PIPELINE, QUEUED} <= set(found.skipped)
+    assert (len(found.rows), sum(found.skipped.values())) == (2, 6)
+    assert {NOT_AGGREGATED, PIPELINE} <= set(found.skipped)
+    assert [row.queued for row in found.rows] == [False, True]
     reasons = " ".join(found.skipped)
     for told in ("nobody/nothing", "tp 8 x dp 1", "mystery", "abacus"):
         assert told in reasons
@@ -143,11 +145,11 @@ def test_the_command_writes_one_document_and_a_picture(tmp_path: Path) -> None:
 def test_published_runs_are_within_the_bar(shared: Path) -> None:
     """H100 operators on the run's datasheet; no run, and no operator of the H200, was fitted."""
     fitted = shipped("h100")
-    if fitted is None:
-        pytest.skip("no fit of the H100 ships yet")
+    assert fitted is not None
     found = predict_serving(read_serving(shared / "measured/validation-e2e_serving.csv"), fitted)
     score = score_serving(found)
     assert len(found.rows) >= LEAST_ROWS
     assert score.overall.median_abs_pct_error <= MEDIAN_BAR
-    assert score.rank_correlation >= RANK_BAR
+    assert score.steady_rank_correlation >= RANK_BAR
+    assert score.rank_correlation >= RANK_BAR_WITH_QUEUED
     assert np.isfinite(found.seconds).all()
