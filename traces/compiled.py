@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numba
 
@@ -18,3 +18,14 @@ def compiled(function: _Function) -> _Function:
     """
     fast: _Function = numba.njit(cache=True)(function)
     return fast
+
+
+def inlined(function: _Function) -> _Function:
+    """The same for a function that only compiled code of its own file calls: always inlined.
+
+    Passing many arrays on costs more than most of what such functions do.
+    """
+    return cast(_Function, _njit_inlined(function))
+
+
+_njit_inlined = numba.njit(cache=True, error_model="numpy", forceinline=True)

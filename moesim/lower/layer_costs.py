@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hwmodels.collective import AllToAllKernel, ring_collective
-from hwmodels.cost import Cost
+from hwmodels.cost import Cost, Work
 from hwmodels.operators import (
     AttentionShape,
     attention_decode,
@@ -129,7 +129,7 @@ def attention_seconds(
             f" {system.n_devices} devices"
         )
     group_tokens = tokens * width
-    fixed = _projections(model, system, options, group_tokens)
+    fixed = projections(model, system, options, group_tokens)
     if width > 1:
         n_bytes = group_tokens * model.hidden_size * ACTIVATION_BYTES
         fixed = fixed + ring_collective(system, "all_reduce", n_bytes, width)
@@ -165,7 +165,7 @@ def _core(
     )
 
 
-def _projections(model: ModelSpec, system: System, options: StepOptions, tokens: float) -> Cost:
+def projections(model: ModelSpec, system: System, options: StepOptions, tokens: Work) -> Cost:
     """All matrix multiplications of one attention layer on one rank.
 
     source  handbook's counting formulas; latent attention absorbs its up-projections in decode
@@ -194,13 +194,16 @@ def _projections(model: ModelSpec, system: System, options: StepOptions, tokens:
 
 
 def _ffn_s(model: ModelSpec, system: System, width: int, tokens: float, dtype: str) -> float:
-    """Seconds of a feed-forward of a given width (0: none): up (and gate), then down."""
-    if not width:
-        return 0.0
+    """Seconds of a feed-forward of a given width (0: none)."""
+    return float(feed_forward(model, system, width, tokens, dtype).seconds) if width else 0.0
+
+
+def feed_forward(model: ModelSpec, system: System, width: int, tokens: Work, dtype: str) -> Cost:
+    """A dense feed-forward of a given width on one rank: up (and gate), then down."""
     device, hidden = system.device, model.hidden_size
     up = gemm(device, (tokens, (model.ffn_matrices - 1) * width, hidden), dtype)
     activation = elementwise(device, tokens * width * ACTIVATION_BYTES * model.ffn_matrices)
-    return float((up + activation + gemm(device, (tokens, hidden, width), dtype)).seconds)
+    return up + activation + gemm(device, (tokens, hidden, width), dtype)
 
 
 def _head_s(model: ModelSpec, system: System, options: StepOptions, tokens: float) -> float:

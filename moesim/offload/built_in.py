@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,7 +37,8 @@ def decide_built_in(
     """
     policy.check(work.n_layers, work.n_experts, work.top_k)
     ahead = predicted or no_predictions(work)
-    rules, fast = _rules(work, policy, ahead), _empty(work, policy)
+    rules = _rules(work, policy, ahead)
+    fast = _at_start(work, policy, rules)
     arrays, estimates = _arrays(work, policy, ahead), _times(policy, times)
     n_cells = len(work.expert)
     log = kernel.Log(
@@ -90,7 +91,8 @@ def _cache(work: LayerSteps, policy: OffloadPolicy) -> CachePolicy:
         return Belady(Future(work))
     if policy.cache == "arc":
         return Arc(group, slots.tolist())
-    return {"lru": Lru, "lfu": Lfu, "fifo": Fifo}[policy.cache]()
+    simple: dict[str, Callable[[], CachePolicy]] = {"lru": Lru, "lfu": Lfu, "fifo": Fifo}
+    return simple[policy.cache]()
 
 
 def _require(times: UnitTimes | None) -> UnitTimes:
@@ -144,7 +146,7 @@ def _arrays(work: LayerSteps, policy: OffloadPolicy, ahead: Predictions) -> kern
     )
 
 
-def _empty(work: LayerSteps, policy: OffloadPolicy) -> kernel.Fast:
+def _at_start(work: LayerSteps, policy: OffloadPolicy, rules: kernel.Rules) -> kernel.Fast:
     slots = policy.capacity(work.n_layers)
     objects = np.zeros(work.n_objects, kernel.OBJECT)
     for field in ("slot", "arriving", "wanted_until", "asked_at"):
@@ -158,13 +160,16 @@ def _empty(work: LayerSteps, policy: OffloadPolicy) -> kernel.Fast:
     smallest = policy.units_low or policy.units_high
     in_group = work.n_experts if len(slots) > 1 else work.n_objects
     width = min(int(slots.max(initial=0)) // smallest, in_group)
-    return kernel.Fast(
+    fast = kernel.Fast(
         objects=objects,
         groups=groups,
         row=np.zeros((len(slots), max(1, width)), np.int32),
         in_list=np.zeros((len(slots), 5), np.int64),
         tally=np.zeros(kernel.N_TALLY, np.int64),
     )
+    if policy.warm is not None:
+        kernel.fill(rules, fast, np.flatnonzero(policy.warm))
+    return fast
 
 
 def _decisions(log: kernel.Log, tally: npt.NDArray[np.int64]) -> Decisions:

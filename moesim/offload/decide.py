@@ -104,7 +104,7 @@ def decide(
     raises  SimulationError when the slots do not fit the model or one token's experts
     """
     policy.check(work.n_layers, work.n_experts, work.top_k)
-    fast, log = _empty(work, policy), _Log()
+    fast, log = _at_start(work, policy, hooks.cache), _Log()
     ahead = predicted or no_predictions(work)
     needed = needed_level(work, policy).tolist()
     start, objects, tokens = work.start.tolist(), work.objects().tolist(), work.tokens.tolist()
@@ -265,12 +265,18 @@ def gate_weights(work: LayerSteps, purpose: str) -> npt.NDArray[np.float32]:
     return np.asarray(work.gate / per_cell, dtype=np.float32)
 
 
-def _empty(work: LayerSteps, policy: OffloadPolicy) -> _Fast:
+def _at_start(work: LayerSteps, policy: OffloadPolicy, cache: CachePolicy) -> _Fast:
     slots = policy.capacity(work.n_layers).tolist()
     layer = np.arange(work.n_objects) // work.n_experts
     group_of = (layer if len(slots) > 1 else np.zeros_like(layer)).tolist()
     pinned = policy.pinned if policy.pinned is not None else np.zeros(work.n_objects, np.bool_)
-    return _Fast(policy, group_of, slots, [0] * len(slots), [{} for _ in slots], pinned.tolist())
+    fast = _Fast(policy, group_of, slots, [0] * len(slots), [{} for _ in slots], pinned.tolist())
+    warm = [] if policy.warm is None else np.flatnonzero(policy.warm).tolist()
+    for expert in warm:
+        cache.insert(expert, -1, True)
+        fast.resident[group_of[expert]][expert] = HIGH
+        fast.used[group_of[expert]] += policy.units_high
+    return fast
 
 
 def _decisions(log: _Log) -> Decisions:

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import numba
 import numpy as np
 import numpy.typing as npt
+
+from traces.compiled import compiled, inlined
 
 LRU, LFU, FIFO, ARC, MRS, BELADY, LOOKAHEAD = range(7)
 LOAD, LOAD_LOW, CPU, THRESHOLD, HSS, SKIP = range(6)
@@ -120,12 +121,7 @@ class Log(NamedTuple):
     loads: Records
 
 
-def _compiled(function: Any) -> Any:
-    """Compile; always inlined, since passing arrays costs more than most of the work here."""
-    return numba.njit(cache=True, error_model="numpy", forceinline=True)(function)
-
-
-@numba.njit(cache=True, error_model="numpy")
+@compiled
 def decide(work: Work, rules: Rules, times: Times, fast: Fast, log: Log, scratch: Ints) -> None:
     """Run layer-steps from tally[STEP] on; stops early when the log of loads may overflow."""
     n_steps = len(work.start) - 1
@@ -150,7 +146,17 @@ def decide(work: Work, rules: Rules, times: Times, fast: Fast, log: Log, scratch
             _fetch_ahead(work, rules, fast, log.loads, step)
 
 
-@_compiled
+@compiled
+def fill(rules: Rules, fast: Fast, experts: Longs) -> None:
+    """Full copies in the slots before the first layer-step, in the order given."""
+    for expert in experts:
+        group = expert // rules.n_experts if rules.per_layer else 0
+        _insert(rules, fast, group, expert, True)
+        fast.objects[expert].level = _HIGH
+        fast.groups[group].used += rules.units_high
+
+
+@inlined
 def _look_up(
     work: Work, rules: Rules, fast: Fast, was_there: npt.NDArray[np.bool_], step: int
 ) -> None:
@@ -171,7 +177,7 @@ def _look_up(
             objects[expert].upcoming = work.next_step[cell]
 
 
-@_compiled
+@inlined
 def _hear_gate(work: Work, rules: Rules, objects: Records, step: int) -> None:
     """MRS: the layer's scores fade, those of the chosen experts gain their gate weight."""
     base = step % rules.n_layers * rules.n_experts
@@ -181,7 +187,7 @@ def _hear_gate(work: Work, rules: Rules, objects: Records, step: int) -> None:
         objects[base + work.expert[cell]].score += rules.decay * np.float64(work.weight[cell])
 
 
-@_compiled
+@inlined
 def _dispatch(work: Work, rules: Rules, log: Log, step: int) -> None:
     """Where each expert of the layer-step is computed."""
     for cell in range(work.start[step], work.start[step + 1]):
@@ -197,7 +203,7 @@ def _dispatch(work: Work, rules: Rules, log: Log, step: int) -> None:
             log.place[cell] = _LOADED
 
 
-@_compiled
+@inlined
 def _hybrid_schedule(work: Work, times: Times, log: Log, step: int, order: Ints) -> None:
     """HSS (`moesim/policies/dispatch.py`): GPU from the head of the queue, CPU from its tail."""
     first, n = work.start[step], work.start[step + 1] - work.start[step]
@@ -229,14 +235,14 @@ def _hybrid_schedule(work: Work, times: Times, log: Log, step: int, order: Ints)
             tail -= 1
 
 
-@_compiled
+@inlined
 def _before(tokens: Ints, was_there: npt.NDArray[np.bool_], cell: int, other: int) -> bool:
     if was_there[cell] != was_there[other]:
-        return was_there[cell]
-    return tokens[cell] > tokens[other]
+        return bool(was_there[cell])
+    return bool(tokens[cell] > tokens[other])
 
 
-@_compiled
+@inlined
 def _serve(work: Work, rules: Rules, fast: Fast, log: Log, step: int) -> None:
     """Each expert of the layer-step: its load, its slot, what its computation waits for."""
     base = step % rules.n_layers * rules.n_experts
@@ -259,7 +265,7 @@ def _serve(work: Work, rules: Rules, fast: Fast, log: Log, step: int) -> None:
             log.level[cell] = _HIGH
 
 
-@_compiled
+@inlined
 def _fetch_ahead(work: Work, rules: Rules, fast: Fast, loads: Records, step: int) -> None:
     """Fetch what is expected at a later layer-step and not there, best first, up to the budget."""
     target = step + rules.distance
@@ -284,9 +290,9 @@ def _fetch_ahead(work: Work, rules: Rules, fast: Fast, loads: Records, step: int
         issued += 1
 
 
-@_compiled
+@inlined
 def _issue(tally: Longs, loads: Records, expert: int, step: int, units: int, kind: int) -> int:
-    at = tally[LOADS]
+    at = int(tally[LOADS])
     loads[at].object = expert
     loads[at].step = step
     loads[at].units = units
@@ -295,14 +301,14 @@ def _issue(tally: Longs, loads: Records, expert: int, step: int, units: int, kin
     return at
 
 
-@_compiled
+@inlined
 def _units(rules: Rules, level: int) -> int:
     if level == _HIGH:
         return rules.units_high
     return rules.units_low if level == _LOW else 0
 
 
-@_compiled
+@inlined
 def _take_slot(rules: Rules, fast: Fast, expert: int, level: int, step: int, ahead: bool) -> bool:
     """Room for a copy of an expert; False when every other copy is needed sooner."""
     group = expert // rules.n_experts if rules.per_layer else 0
@@ -314,20 +320,26 @@ def _take_slot(rules: Rules, fast: Fast, expert: int, level: int, step: int, ahe
             return False
         _evict(rules, fast, group, victim)
     if objects[expert].slot < 0:
-        objects[expert].slot = groups[group].n_resident
-        fast.row[group, objects[expert].slot] = expert
-        groups[group].n_resident += 1
-        if rules.cache == ARC:
-            _arc_insert(rules, fast, group, expert)
-        elif ahead or rules.cache == FIFO:
-            fast.tally[CLOCK] += 1
-            objects[expert].stamp = fast.tally[CLOCK]
+        _insert(rules, fast, group, expert, ahead)
     objects[expert].level = level
     groups[group].used += more
     return True
 
 
-@_compiled
+@inlined
+def _insert(rules: Rules, fast: Fast, group: int, expert: int, ahead: bool) -> None:
+    objects, groups = fast.objects, fast.groups
+    objects[expert].slot = groups[group].n_resident
+    fast.row[group, objects[expert].slot] = expert
+    groups[group].n_resident += 1
+    if rules.cache == ARC:
+        _arc_insert(rules, fast, group, expert)
+    elif ahead or rules.cache == FIFO:
+        fast.tally[CLOCK] += 1
+        objects[expert].stamp = fast.tally[CLOCK]
+
+
+@inlined
 def _evict(rules: Rules, fast: Fast, group: int, victim: int) -> None:
     objects, groups = fast.objects, fast.groups
     last = fast.row[group, groups[group].n_resident - 1]
@@ -347,7 +359,7 @@ def _evict(rules: Rules, fast: Fast, group: int, victim: int) -> None:
         _arc_move(fast, group, victim, _B1 if objects[victim].arc == _T1 else _B2)
 
 
-@_compiled
+@inlined
 def _victim(rules: Rules, fast: Fast, group: int, incoming: int, step: int, ahead: bool) -> int:
     """Resident object that leaves, -1 for none.
 
@@ -369,7 +381,7 @@ def _victim(rules: Rules, fast: Fast, group: int, incoming: int, step: int, ahea
     return best
 
 
-@_compiled
+@inlined
 def _rank(
     rules: Rules, objects: Records, expert: int, step: int, from_t1: bool
 ) -> tuple[float, int]:
@@ -389,7 +401,7 @@ def _rank(
     return -float(upcoming), expert
 
 
-@_compiled
+@inlined
 def _arc_move(fast: Fast, group: int, expert: int, to: int) -> None:
     """To the fresh end of one of ARC's lists."""
     objects = fast.objects
@@ -400,7 +412,7 @@ def _arc_move(fast: Fast, group: int, expert: int, to: int) -> None:
     objects[expert].stamp = fast.tally[CLOCK]
 
 
-@_compiled
+@inlined
 def _arc_use(rules: Rules, fast: Fast, expert: int) -> None:
     """A copy used again moves to T2; a ghost moves the wanted size of T1."""
     group = expert // rules.n_experts if rules.per_layer else 0
@@ -415,13 +427,14 @@ def _arc_use(rules: Rules, fast: Fast, expert: int) -> None:
         groups[group].wanted_t1 = max(0.0, wanted - max(1.0, b1 / b2))
 
 
-@_compiled
+@inlined
 def _arc_takes_t1(fast: Fast, group: int, incoming: int) -> bool:
     t1, wanted = fast.in_list[group, _T1], fast.groups[group].wanted_t1
-    return t1 > wanted or (fast.objects[incoming].arc == _B2 and t1 == wanted and t1 > 0)
+    was_often = fast.objects[incoming].arc == _B2
+    return bool(t1 > wanted or (was_often and t1 == wanted and t1 > 0))
 
 
-@_compiled
+@inlined
 def _arc_insert(rules: Rules, fast: Fast, group: int, expert: int) -> None:
     """Into T1, or into T2 when it left not long ago; ghosts are cut to their room."""
     known = fast.objects[expert].arc == _B1 or fast.objects[expert].arc == _B2
@@ -433,7 +446,7 @@ def _arc_insert(rules: Rules, fast: Fast, group: int, expert: int) -> None:
         _arc_forget_oldest(rules, fast, group, _B2)
 
 
-@_compiled
+@inlined
 def _arc_forget_oldest(rules: Rules, fast: Fast, group: int, ghosts: int) -> None:
     objects = fast.objects
     first = group * rules.n_experts if rules.per_layer else 0

@@ -27,6 +27,7 @@ class OffloadPolicy:
     slots        slots of every layer int64[n_layers], or int64[1] for one cache over all layers;
                  counted in units (`units_high` for a full copy, `units_low` for a low-bit one)
     pinned       bool[n_objects], always in the fast tier, outside the slots; None for none
+    warm         bool[n_objects], in the slots at the start, free to be evicted; None for none
     on_miss      one of ON_MISS: load it; load the low-bit copy; compute it on the CPU; compute it
                  on the CPU below `threshold_tokens` (Fiddler); split the layer between CPU and GPU
                  so that it ends soonest (HSS, HybriMoE); leave it out
@@ -42,6 +43,7 @@ class OffloadPolicy:
     cache: str = "lru"
     slots: npt.NDArray[np.int64] | None = None
     pinned: npt.NDArray[np.bool_] | None = None
+    warm: npt.NDArray[np.bool_] | None = None
     on_miss: str = "load"
     threshold_tokens: float = 10.0
     budget: int = 1 << 30
@@ -74,13 +76,15 @@ class OffloadPolicy:
     def check(self, n_layers: int, n_experts: int, top_k: int) -> None:
         """SimulationError when slots do not fit the model, or cannot hold one token's experts."""
         slots, n_objects = self.capacity(n_layers), n_layers * n_experts
-        if self.pinned is not None and self.pinned.shape != (n_objects,):
-            raise SimulationError(
-                f"pinned: shape {self.pinned.shape}, expected ({n_objects},) = layers * experts"
-            )
+        for name, marked in (("pinned", self.pinned), ("warm", self.warm)):
+            if marked is not None and marked.shape != (n_objects,):
+                raise SimulationError(
+                    f"{name}: shape {marked.shape}, expected ({n_objects},) = layers * experts"
+                )
         if len(slots) not in (1, n_layers):
             raise SimulationError(f"slots: {len(slots)} values, expected 1 or {n_layers} layers")
         self._check_room(slots, n_experts, top_k)
+        self._check_warm(slots)
 
     def _check_room(self, slots: npt.NDArray[np.int64], n_experts: int, top_k: int) -> None:
         """A cache that misses go through must hold one token's experts of a layer; none may."""
@@ -95,6 +99,19 @@ class OffloadPolicy:
             f"{where} has room for {held[short[0]]} experts, fewer than the top_k={top_k} of one"
             f" token; give it {top_k} slots, none at all, or compute misses on the CPU"
         )
+
+    def _check_warm(self, slots: npt.NDArray[np.int64]) -> None:
+        if self.warm is None:
+            return
+        if self.pinned is not None and (self.warm & self.pinned).any():
+            raise SimulationError("warm: an expert is both pinned and in a slot, expected one")
+        filled = self.warm.reshape(len(slots), -1).sum(axis=1) * self.units_high
+        over = np.flatnonzero(filled > slots)
+        if len(over):
+            raise SimulationError(
+                f"warm: {filled[over[0]]} units in group {over[0]} of slots, which has"
+                f" {slots[over[0]]}"
+            )
 
     def capacity(self, n_layers: int) -> npt.NDArray[np.int64]:
         """Slots of every group; zeros when none were given."""
