@@ -20,8 +20,12 @@ from moesim.lower.offload import (
     OffloadProgram,
     offload_program,
 )
+from moesim.offload.built_in import decide_built_in
 from moesim.offload.decisions import LOW, ON_CPU, PREFETCH, SKIPPED, Decisions
+from moesim.offload.drive import cold_reads
+from moesim.offload.policy import OffloadPolicy
 from moesim.offload.prices import Prices
+from moesim.policies.prefetch import Predictions
 from traces.compiled import compiled
 from traces.layer_steps import LayerSteps
 from traces.routing import DECODE
@@ -90,6 +94,22 @@ class OffloadResult:
     def _rate(self, chosen: npt.NDArray[np.bool_]) -> float:
         seconds = float(self.pass_s[chosen].sum())
         return float(self.pass_tokens[chosen].sum() / seconds) if seconds else float("nan")
+
+
+def simulate(
+    work: LayerSteps,
+    prices: Prices,
+    policy: OffloadPolicy,
+    predicted: Predictions | None = None,
+    host_slots: int = 0,
+) -> OffloadResult:
+    """Decide by a built-in policy and clock it.
+
+    host_slots  experts that fit host memory, the rest lies on the drive; 0: all fit
+    """
+    decided = decide_built_in(work, policy, prices.unit_times(), predicted)
+    extras = cold_reads(work, decided, host_slots) if host_slots else None
+    return run(work, decided, prices, extras)
 
 
 def run(
