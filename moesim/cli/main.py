@@ -16,7 +16,18 @@ from typer.core import TyperGroup
 
 from hwmodels.errors import HardwareError
 from moesim import __version__
-from moesim.cli import bench, calibrate, catalog, demo, export, output, plan, simulate, trace
+from moesim.cli import (
+    bench,
+    calibrate,
+    catalog,
+    demo,
+    export,
+    output,
+    plan,
+    reproduce,
+    simulate,
+    trace,
+)
 from moesim.cli import validate as validate_commands
 from moesim.errors import SimulationError
 from planners.errors import PlanError
@@ -68,6 +79,7 @@ app.command("export")(export.export)
 app.command("bench")(bench.bench)
 app.command("calibrate")(calibrate.calibrate)
 app.add_typer(validate_commands.app, name="validate")
+app.command("reproduce")(reproduce.reproduce)
 
 
 def _version(wanted: bool) -> None:
