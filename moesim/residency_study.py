@@ -36,6 +36,7 @@ from planners.residency import Needs, Residency, Tier, Uses, knee, plan_residenc
 from traces.edit import split
 from traces.layer_steps import ForwardPasses, LayerSteps, PassPhase, forward_passes, layer_steps
 from traces.model import ModelSpec
+from traces.replay import CONVENTIONS, replay_trace
 from traces.reuse_distance import lru_hits
 from traces.routing import RoutingTrace
 
@@ -114,6 +115,7 @@ class ResidencyStudy:
     regret         time of the plan over that of the best pinning in hindsight, minus 1
     to_belady      the same against the clairvoyant cache
     hit_curve      float64[experts + 1], LRU hit rate with c slots in every layer; knee: its c
+    lru_hits       hit rate of the uniform LRU cache by lookup convention (traces/replay.py)
     random_floor   hit rate of as many slots under uniformly random routing
     reason         why no plan helps, "" when one does
     """
@@ -134,6 +136,7 @@ class ResidencyStudy:
     regret: float
     to_belady: float
     hit_curve: Doubles
+    lru_hits: Mapping[str, float]
     knee: int
     random_floor: float
     slots_per_layer: int
@@ -191,7 +194,8 @@ def residency_study(
     plan = _planned(setting, planned, share)
     solve_seconds = time.perf_counter() - started
     outcomes, left_out = _simulate_all(setting, planned, judged, plan, tell)
-    return _study(setting, (planned, judged), plan, (outcomes, left_out), solve_seconds)
+    found = _study(setting, (planned, judged), plan, (outcomes, left_out), solve_seconds)
+    return replace(found, lru_hits=_by_convention(parts[1], setting, options))
 
 
 @dataclass(frozen=True, slots=True)
@@ -494,6 +498,7 @@ def _study(
         regret=_over(mine, outcomes.get("hindsight_pinning")),
         to_belady=_over(mine, outcomes.get("belady")),
         hit_curve=curve,
+        lru_hits={},
         knee=knee(curve),
         random_floor=floor,
         slots_per_layer=setting.uniform_slots,
@@ -502,6 +507,19 @@ def _study(
         judged_tokens=int(judged.passes.tokens.sum()),
         solve_seconds=solve_seconds,
     )
+
+
+def _by_convention(
+    judged: RoutingTrace, setting: _Setting, options: ResidencyOptions
+) -> dict[str, float]:
+    """Hit rates of one LRU cache a layer, one token after the other, as each convention counts."""
+    if not setting.uniform_slots:
+        return {}
+    part, slots = judged.rows(slice(0, options.most_tokens)), setting.uniform_slots
+    return {
+        convention: replay_trace(part, slots, "lru", convention, "per_layer").hit_rate
+        for convention in CONVENTIONS
+    }
 
 
 def _current(name: str, outcomes: Mapping[str, Outcome]) -> str:

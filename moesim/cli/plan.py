@@ -9,6 +9,7 @@ import typer
 
 from moesim.cli import output
 from moesim.cli.placement import Request, run, show
+from moesim.cli.residency import residency
 
 app = typer.Typer(no_args_is_help=True, help="Make a plan and prove it.")
 
@@ -111,6 +112,9 @@ def placement(
         show(document)
     if strict and document["verdict"] != "deploy":
         raise typer.Exit(1)
+
+
+app.command("residency")(residency)
 
 
 def _one_of(argument: str, option: str) -> str:
