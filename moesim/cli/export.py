@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moesim.cli import output
+from moesim.cli.plan_kinds import plan_kind
 
 if TYPE_CHECKING:
     from planners.export.record import Export
@@ -85,11 +85,7 @@ def _check_kind(plan: Path, to: str) -> None:
     """PlanError when the plan is of the kind that other engines take."""
     from planners.errors import PlanError
 
-    try:
-        content = json.loads(plan.read_bytes())
-    except (ValueError, RecursionError):
-        return  # the reader of the plan says what is wrong
-    kind = content.get("kind") if isinstance(content, dict) else None
+    kind = plan_kind(plan)
     for other, engines in (("residency", RESIDENCY), ("placement", PLACEMENT)):
         if kind == other and to not in engines:
             raise PlanError(

@@ -22,6 +22,7 @@ from moesim.cli import (
     catalog,
     demo,
     export,
+    offload,
     output,
     plan,
     reproduce,
@@ -75,6 +76,7 @@ app.add_typer(trace.app, name="trace")
 app.add_typer(catalog.app, name="catalog")
 app.add_typer(plan.app, name="plan")
 app.command("simulate")(simulate.simulate)
+app.command("offload")(offload.offload)
 app.command("export")(export.export)
 app.command("bench")(bench.bench)
 app.command("calibrate")(calibrate.calibrate)

@@ -15,6 +15,7 @@ from moesim.cli.inputs import (
     require_model,
     usual_tokens_per_rank,
 )
+from moesim.cli.plan_kinds import is_residency
 from moesim.cli.simulate_report import CSV_COLUMNS, csv_rows, show
 from moesim.errors import SimulationError
 
@@ -87,11 +88,37 @@ def simulate(
         shared_overlap=shared_overlap,
         seed=seed,
     )
+    if plan is not None and is_residency(plan):
+        _simulate_residency(wish, plan, timeline, as_json)
+        return
     document = _run(wish, plan, timeline, out)
     if as_json:
         output.emit_json(document)
     else:
         show(document)
+
+
+def _simulate_residency(wish: _Wish, path: Path, timeline: Path | None, as_json: bool) -> None:
+    """A residency plan is run on its box, one request after the other, as `moesim offload` does."""
+    from moesim.cli import offload
+    from planners.residency_file import read_residency
+
+    plan = read_residency(path)
+    planned = plan.inputs.get("request", {})
+    asked = offload.Wish(
+        trace=wish.trace,
+        system=wish.system or str(plan.inputs.get("system", "")),
+        model=wish.model or plan.model,
+        drive=str(planned.get("drive", "")),
+        bits=float(plan.inputs.get("expert_bits", 16.0)),
+        phase=wish.phase or str(plan.inputs.get("phase", "")),
+        seed=wish.seed,
+    )
+    document = offload.run_wish(asked, timeline, plan)
+    if as_json:
+        output.emit_json(document)
+    else:
+        offload.show(document)
 
 
 def _run(wish: _Wish, plan: Path | None, timeline: Path | None, out: Path | None) -> dict[str, Any]:
