@@ -82,7 +82,7 @@ class HostEfficiency:
 
 HOST_SOURCES: Mapping[str, Figure] = MappingProxyType(
     {
-        "memory_share": Figure(0.73, "derived", "measured share of DDR5, handbook"),
+        "memory_share": Figure(0.73, "derived", "150 of 204.8 GB/s, 8 channels, MoE-Lens"),
         "numa_share": Figure(1.0, "assumed", "an engine that splits experts over sockets"),
         "compute_share": Figure(0.35, "assumed", "between the engines of PROFILES"),
         "dispatch_s": Figure(20e-6, "assumed", "a few barriers of a pool of threads"),
@@ -99,33 +99,82 @@ HOST_SOURCES: Mapping[str, Figure] = MappingProxyType(
 )
 
 DEFAULT_HOST = HostEfficiency()
-PROFILES: Mapping[str, HostEfficiency] = MappingProxyType(
+_LLAMA = "least log error on published runs: LCPP/KTbase, dgx-gpt-oss-120b, 5080, IKLC/357hyb-lc"
+_IK = "least log error on published runs: IKLC/357cpu-ik, 357hyb-ik, 520a-main, 520b-main"
+_KT2 = "least log error on published runs: KT/V0.2/dual8, V0.2.0/6exp, uberg-cg"
+_KT3 = "least log error on published runs: KT/V0.3/8exp"
+_KTK = "least log error on published runs: KT/sched/random, dynamic, M2.1/1x4090, 2x4090, 1x5090"
+_TWO = "as ktransformers-0.2, which ran on one socket and on two"
+
+
+def _fitted(source: str, **values: float) -> Mapping[str, Figure]:
+    return MappingProxyType(
+        {key: Figure(value, "derived", source) for key, value in values.items()}
+    )
+
+
+_ON_GPU_OF_LLAMA = _fitted(_LLAMA + "; at the fit's upper bound", gpu_memory_share=0.92)
+_HOST_OF_KT_KERNEL: Mapping[str, Figure] = {
+    **_fitted(
+        _KTK, memory_share=0.73, dispatch_s=22.5e-6, pinned_share=0.76, staging_share=0.055,
+        gpu_compute_share=0.36,
+    ),
+    **_fitted(_TWO, numa_share=0.55),
+    "copy_s": Figure(39e-6, "derived", _KTK, when="two matrices and their scales, four copies"),
+}  # fmt: skip
+PROFILE_SOURCES: Mapping[str, Mapping[str, Figure]] = MappingProxyType(
     {
-        "default": DEFAULT_HOST,
-        "llama.cpp": HostEfficiency(
-            memory_share=0.58, numa_share=0.35, compute_share=0.10, compute_unit="dot8",
-            gpu_compute_share=0.08, gpu_eight_bit="always",
+        "default": HOST_SOURCES,
+        "llama.cpp": {
+            **_fitted(
+                _LLAMA, memory_share=0.64, numa_share=0.26, compute_share=0.083,
+                gpu_compute_share=0.086,
+            ),
+            **_ON_GPU_OF_LLAMA,
+        },
+        "ik_llama.cpp": {
+            **_fitted(_IK, memory_share=0.58, compute_share=0.325, gpu_compute_share=0.0455),
+            **_fitted(_LLAMA, numa_share=0.26),
+            **_ON_GPU_OF_LLAMA,
+        },
+        "ktransformers-0.2": _fitted(
+            _KT2, memory_share=0.56, numa_share=0.55, compute_share=0.18, gpu_compute_share=0.35,
         ),
-        "ik_llama.cpp": HostEfficiency(
-            memory_share=0.58, numa_share=0.35, compute_share=0.34, compute_unit="dot8",
-            gpu_compute_share=0.08, gpu_eight_bit="always",
-        ),
-        "ktransformers-0.2": HostEfficiency(
-            memory_share=0.57, numa_share=0.6, compute_share=0.16, compute_unit="dot8",
-        ),
-        "ktransformers-0.3": HostEfficiency(
-            memory_share=0.57, numa_share=0.6, compute_share=0.06, compute_unit="matrix",
-        ),
-        "kt-kernel": HostEfficiency(
-            memory_share=0.57, numa_share=0.6, compute_share=0.20, compute_unit="dot16",
-            gpu_compute_share=0.25, gpu_eight_bit="weights", copy_s=40e-6,
-        ),
-        "kt-kernel-amx": HostEfficiency(
-            memory_share=0.57, numa_share=0.6, compute_share=0.06, compute_unit="matrix",
-            gpu_compute_share=0.25, gpu_eight_bit="weights", copy_s=40e-6,
-        ),
+        "ktransformers-0.3": {
+            **_fitted(_KT3, memory_share=0.46, compute_share=0.21, gpu_compute_share=0.30),
+            **_fitted(_TWO, numa_share=0.55),
+        },
+        "kt-kernel": {**_HOST_OF_KT_KERNEL, **_fitted(_KTK, compute_share=0.255)},
+        "kt-kernel-amx": {**_HOST_OF_KT_KERNEL, **_fitted(_KT3, compute_share=0.21)},
     }
 )  # fmt: skip
+"""Constants of each engine that are not the default's, with the blocks of rows they were fitted on.
+
+Blocks are those of a table of published runs that moesim/offload_rows.py reads; fitted anew by
+moesim/offload_fit.py.
+"""
+
+_CHOICES: Mapping[str, tuple[Unit, EightBit]] = MappingProxyType(
+    {
+        "default": ("dot16", "never"),
+        "llama.cpp": ("dot8", "always"),
+        "ik_llama.cpp": ("dot8", "always"),
+        "ktransformers-0.2": ("dot8", "never"),
+        "ktransformers-0.3": ("matrix", "never"),
+        "kt-kernel": ("dot16", "weights"),
+        "kt-kernel-amx": ("matrix", "weights"),
+    }
+)
+PROFILES: Mapping[str, HostEfficiency] = MappingProxyType(
+    {
+        name: HostEfficiency(
+            compute_unit=_CHOICES[name][0],
+            gpu_eight_bit=_CHOICES[name][1],
+            **{field: figure.value for field, figure in figures.items()},
+        )
+        for name, figures in PROFILE_SOURCES.items()
+    }
+)
 
 
 def host_efficiency(engine: str) -> HostEfficiency:
