@@ -160,12 +160,13 @@ def gate(
     top_k: int,
     efficiency: Efficiency = DEFAULT_EFFICIENCY,
 ) -> Cost:
-    """Router: scores of every expert in bf16, then top-k.
+    """Router: scores of every expert in 16 bits, then top-k.
 
     sides  (hidden, n_experts)
     """
     hidden, n_experts = sides
-    scores = gemm(device, (tokens, n_experts, hidden), "bf16", None, efficiency)
+    wide = "bf16" if "bf16" in device.flop_per_s else "fp16"
+    scores = gemm(device, (tokens, n_experts, hidden), wide, None, efficiency)
     count = np.asarray(tokens, dtype=np.float64)
     return scores + elementwise(device, count * (4.0 * n_experts + 8.0 * top_k), efficiency)
 

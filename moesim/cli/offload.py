@@ -57,6 +57,8 @@ class Wish:
     kv_tokens: int = 4096
     tokens: int = 100_000
     seed: int = 0
+    pim: str = ""
+    pim_stacks: int = 5
 
 
 def offload(
@@ -91,6 +93,10 @@ def offload(
     phase: Annotated[str, typer.Option(help="decode, prefill or both; else what is there.")] = "",
     kv_tokens: Annotated[int, typer.Option(min=0, help="Tokens held in the KV cache.")] = 4096,
     tokens: Annotated[int, typer.Option(min=1, help="Most tokens that are replayed.")] = 100_000,
+    pim: Annotated[
+        str, typer.Option(help="PIM stack in the devices' memory, such as duplex-logic-pim.")
+    ] = "",
+    pim_stacks: Annotated[int, typer.Option(min=1, help="PIM stacks of a device.")] = 5,
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same answer.")] = 0,
     timeline: Annotated[
         Path | None, typer.Option(help="Write the last pass here for ui.perfetto.dev.")
@@ -106,7 +112,7 @@ def offload(
         on_miss=on_miss, slots=slots, device_memory=device_memory, host_memory=host_memory,
         drive=drive, bits=bits, dense_bits=dense_bits, gpus=gpus, split=split, recall=recall,
         budget=budget, distance=distance, batch=batch, phase=phase, kv_tokens=kv_tokens,
-        tokens=tokens, seed=seed,
+        tokens=tokens, seed=seed, pim=pim, pim_stacks=pim_stacks,
     )  # fmt: skip
     document = run_wish(wish, timeline)
     if as_json:
@@ -213,10 +219,12 @@ def _slots_that_fit(wish: Wish, box: Box, work: LayerSteps, foot: Footprint) -> 
 
 
 def _trials(wish: Wish, policy: OffloadPolicy) -> tuple[Trial, ...]:
+    from hwmodels.devices import load_device
     from moesim.offload.trial import Trial
 
+    pim = (load_device(wish.pim), wish.pim_stacks) if wish.pim else None
     return tuple(
-        Trial(policy, cache, prefetch, _recall(wish), wish.distance, wish.seed)
+        Trial(policy, cache, prefetch, _recall(wish), wish.distance, wish.seed, pim, wish.bits)
         for cache in _names(wish.caches)
         for prefetch in _names(wish.prefetch)
     )

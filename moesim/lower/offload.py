@@ -100,6 +100,7 @@ class _Prices(NamedTuple):
     cpu_s: Doubles
     pim_s: Doubles
     gpu_fixed_s: float
+    gpu_start_s: float
     cpu_fixed_s: float
     copy_s: float
     copy_rate: float
@@ -221,6 +222,7 @@ def _numbers(prices: Prices, more: Extras, shared: bool) -> _Prices:
         prices.cpu_s,
         np.zeros(1) if more.pim_s is None else more.pim_s,
         prices.gpu_fixed_s,
+        prices.gpu_start_s,
         prices.cpu_fixed_s,
         box.copy_s,
         copy_rate if shared else min(copy_rate, box.dram_bytes_per_s),
@@ -406,14 +408,14 @@ def _on_cpu(
 
 @inlined
 def _on_pim(work: _Work, prices: _Prices, tasks: _Tasks, step: int, gate: int, pim: int) -> int:
-    """Experts on the PIM unit, one after the other; -1 for none."""
+    """Experts on the PIM unit, one after the other, started as on the device; -1 for none."""
     seconds = 0.0
     for cell in range(work.start[step], work.start[step + 1]):
         if work.place[cell] == _ON_PIM:
             seconds += prices.pim_s[work.tokens[cell]]
     if seconds == 0.0:
         return -1
-    task = _task(tasks, pim, PIM, seconds)
+    task = _task(tasks, pim, PIM, prices.gpu_fixed_s + seconds)
     _wait(tasks, gate)
     return task
 
@@ -445,7 +447,7 @@ def _on_gpu(
         if work.place[cell] > _LOADED or work.load[cell] < first_load:
             continue
         last = _task(
-            tasks, gpu, LOADED_EXPERT, prices.gpu_fixed_s + prices.gpu_s[work.tokens[cell]]
+            tasks, gpu, LOADED_EXPERT, prices.gpu_start_s + prices.gpu_s[work.tokens[cell]]
         )
         _wait(tasks, task_of_load[work.load[cell] - first_load])
     return last

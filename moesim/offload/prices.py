@@ -36,6 +36,8 @@ from traces.routing import DECODE
 
 Seconds = npt.NDArray[np.float64]
 
+EXPERT_START_S = 10e-6  # assumed: four kernels of one expert at 2.5 us, the period of launches
+
 
 @dataclass(frozen=True, slots=True)
 class Weights:
@@ -71,7 +73,8 @@ class Prices:
     after_s      float64[n_passes], its shared experts, beside the routed ones
     tail_s       float64[n_passes], the output projection, once a pass
     gpu_s        float64[most + 1], one resident expert on the device, by token copies
-    gpu_fixed_s  once per group of experts started together
+    gpu_fixed_s  once for the resident experts of a layer-step, launched together
+    gpu_start_s  once for an expert that starts alone, after its load
     cpu_s        float64[most + 1], arithmetic of one expert on the CPU
     cpu_fixed_s  once per layer-step with any expert on the CPU, hand-over included
     cpu_bytes_per_s  at which the CPU alone reads expert weights
@@ -85,6 +88,7 @@ class Prices:
     tail_s: Seconds
     gpu_s: Seconds
     gpu_fixed_s: float
+    gpu_start_s: float
     cpu_s: Seconds
     cpu_fixed_s: float
     cpu_bytes_per_s: float
@@ -127,6 +131,7 @@ def prices(model: ModelSpec, box: Box, work: LayerSteps, weights: Weights | None
         gpu_s=gpu_expert_seconds(box.device, shape, tokens, form.expert_bits, box.efficiency)
         / links,
         gpu_fixed_s=DEFAULT_EFFICIENCY.expert_fixed_s,
+        gpu_start_s=EXPERT_START_S,
         cpu_s=_cpu_arithmetic(box, shape, tokens),
         cpu_fixed_s=box.efficiency.dispatch_s + box.efficiency.handshake_s,
         cpu_bytes_per_s=host_bytes_per_s(box.host, box.efficiency) if box.host else 1.0,

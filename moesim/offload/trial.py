@@ -12,13 +12,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from hwmodels.device import Device
 from moesim.errors import SimulationError
+from moesim.lower.offload import Extras
 from moesim.offload.built_in import decide_built_in, hooks_for
 from moesim.offload.decide import Hooks, decide
-from moesim.offload.decisions import Decisions
+from moesim.offload.decisions import ON_PIM, Decisions
 from moesim.offload.drive import cold_reads
 from moesim.offload.energy import joules_of
 from moesim.offload.memory import Footprint, check_below
+from moesim.offload.pim import with_pim
 from moesim.offload.policy import CACHES, OffloadPolicy
 from moesim.offload.prices import Prices
 from moesim.offload.simulate import OffloadResult, run
@@ -38,6 +41,7 @@ class Trial:
                that is called with the LayerSteps
     prefetch   a name in PREFETCHES; recall: of next-gate, None for what is published of the model
     distance   layer-steps ahead at which predictions are known
+    pim        a PIM stack in the devices' memory and how many each has, None for none
     """
 
     policy: OffloadPolicy
@@ -46,6 +50,8 @@ class Trial:
     recall: float | None = None
     distance: int = 1
     seed: int = 0
+    pim: tuple[Device, int] | None = None
+    weight_bits: float = 16.0
 
 
 def try_out(
@@ -64,10 +70,14 @@ def try_out(
     predicted = predictions(trial, model, work, request)
     decided = _decide(trial, work, prices, predicted)
     held = check_below(prices.box, foot, resident_experts(trial.policy, work) * foot.expert_bytes)
-    extras = cold_reads(work, decided, held) if held < work.n_objects else None
+    extras = cold_reads(work, decided, held) if held < work.n_objects else Extras()
+    if trial.pim is not None:
+        decided, beside = with_pim(work, decided, prices, model, trial.pim, trial.weight_bits)
+        extras = replace(extras, pim_s=beside.pim_s)
     result = run(work, decided, prices, extras)
     joules = joules_of(model, prices, work, decided, result)
     figures = _figures(result, work, trial)
+    figures["pim_share"] = float((decided.place == ON_PIM).mean()) if len(decided.place) else 0.0
     figures["joules_per_token"] = joules.total_j_per_token
     figures["device_bytes"] = (
         foot.dense_bytes
