@@ -23,6 +23,7 @@ Longs = npt.NDArray[np.int64]
 _MOST_CUTS = 120
 _CLOSE = 1e-6  # relative gap of the dual that ends the search
 _FILLINGS = 20
+_MENDINGS = 200
 _DEARER = (1.0, 1.00001, 1.0001, 1.001, 1.01, 1.05, 1.2, 1.5, 2.0, 4.0, 16.0, 256.0)
 
 
@@ -80,14 +81,13 @@ def choose(choices: Choices) -> Chosen:
     raises  PlanError naming the tightest memory and by how much it is short
     """
     prices, bound = _dual(choices)
-    option = _feasible(choices, prices)
-    for _ in range(_FILLINGS):
-        fuller = _fill(choices, option)
-        if (fuller == option).all():
-            break
-        option = fuller
-    cost = float(_take(choices.cost, option).sum())
-    return Chosen(option, cost, min(bound, cost), prices)
+    starts = [
+        found for found in (_raised(choices, prices), _mended(choices, prices)) if found is not None
+    ]
+    filled = [_filled(choices, option) for option in starts or [_smallest(choices)]]
+    costs = [float(_take(choices.cost, option).sum()) for option in filled]
+    best = int(np.argmin(costs))
+    return Chosen(filled[best], costs[best], min(bound, costs[best]), prices)
 
 
 def used(choices: Choices, option: Longs) -> Doubles:
@@ -152,14 +152,58 @@ def _price_scale(choices: Choices) -> Doubles:
     return scale
 
 
-def _feasible(choices: Choices, prices: Doubles) -> Longs:
+def _raised(choices: Choices, prices: Doubles) -> Longs | None:
     """The choice at prices just high enough that everything fits."""
     for factor in _DEARER:
         raised = prices * factor + (factor - 1.0) * 1e-3 * _price_scale(choices)
-        option = (choices.cost + choices.size @ raised).argmin(axis=1)
+        option = np.asarray((choices.cost + choices.size @ raised).argmin(axis=1), np.int64)
         if (used(choices, option) <= choices.capacity).all():
-            return np.asarray(option, np.int64)
-    return _smallest(choices)
+            return option
+    return None
+
+
+def _mended(choices: Choices, prices: Doubles) -> Longs | None:
+    """The choice at the dual's prices, mended until everything fits; None when that fails.
+
+    Items that tie at those prices make a memory overfull; the ones whose other option costs least
+    for what it frees there, and fits what is left elsewhere, are moved.
+    """
+    option = np.asarray((choices.cost + choices.size @ prices).argmin(axis=1), np.int64)
+    rows = np.arange(len(option))
+    for _ in range(_MENDINGS):
+        left = choices.capacity - used(choices, option)
+        if (left >= 0).all():
+            return option
+        memory = int((left / np.maximum(choices.capacity, 1e-300)).argmin())
+        more = choices.size - choices.size[rows, option][:, None, :]
+        priced = choices.cost + choices.size @ prices
+        dearer = priced - _take(priced, option)[:, None]
+        fits = (more <= np.maximum(left, 0.0)).all(axis=2)
+        freed = -more[:, :, memory]
+        worth = np.where(fits & (freed > 0), dearer / np.maximum(freed, 1e-300), np.inf)
+        to = worth.argmin(axis=1)
+        best = _take(worth, to)
+        order = np.argsort(best, kind="stable")
+        order = order[np.isfinite(best[order])]
+        if not len(order):
+            return None
+        steps = np.cumsum(more[order, to[order]], axis=0)
+        enough = int(np.searchsorted(-steps[:, memory], -left[memory])) + 1
+        spilt = (steps > np.maximum(left, 0.0)).any(axis=1)
+        most = int(spilt.argmax()) if spilt.any() else len(order)
+        moved = order[: max(1, min(enough, most))]
+        option[moved] = to[moved]
+    return None
+
+
+def _filled(choices: Choices, option: Longs) -> Longs:
+    """What room is left, used until no upgrade fits."""
+    for _ in range(_FILLINGS):
+        fuller = _fill(choices, option)
+        if (fuller == option).all():
+            break
+        option = fuller
+    return option
 
 
 def _smallest(choices: Choices) -> Longs:

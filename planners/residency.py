@@ -117,8 +117,22 @@ def plan_residency(needs: Needs, tiers: tuple[Tier, ...], uses: Uses) -> Residen
             f" {tiers[0].capacity_bytes / GIB:.2f} GiB for what must be there"
             f" ({needs.fixed_bytes / GIB:.2f} GiB without experts)"
         )
+    _check_total(needs, tiers)
     found = choose(_choices(needs, tiers, uses, room))
     return _residency(needs, tiers, found)
+
+
+def _check_total(needs: Needs, tiers: tuple[Tier, ...]) -> None:
+    """PlanError when all tiers together cannot hold the model, naming the last as the one short."""
+    wanted = needs.fixed_bytes + needs.activations.size * min(needs.expert_bytes)
+    wanted += needs.n_layers * needs.attention_bytes + needs.n_kv_layers * needs.kv_bytes
+    short = wanted - sum(tier.capacity_bytes for tier in tiers)
+    if short > 0:
+        raise PlanError(
+            f"nothing fits: {tiers[-1].name} is short by {short / GIB:.2f} GiB of"
+            f" {tiers[-1].capacity_bytes / GIB:.2f} GiB once faster memory is full"
+            f" ({wanted / GIB:.2f} GiB to place)"
+        )
 
 
 def split_slots(hits: Longs, n_slots: int, least: int) -> Longs:
