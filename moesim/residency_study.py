@@ -116,7 +116,7 @@ class ResidencyStudy:
     to_belady      the same against the clairvoyant cache
     hit_curve      float64[experts + 1], LRU hit rate with c slots in every layer; knee: its c
     lru_hits       hit rate of the uniform LRU cache by lookup convention (traces/replay.py)
-    random_floor   hit rate of as many slots under uniformly random routing
+    random_floor   hit rate under uniformly random routing: the share of all experts that fits
     reason         why no plan helps, "" when one does
     """
 
@@ -478,7 +478,7 @@ def _study(
     mine, theirs = outcomes["plan"].result, outcomes[current].result
     gain = paired_gain(*_by_request(judged, theirs, mine), options.seed)
     curve = lru_hits(judged).sum(axis=0) / max(1, len(judged.expert))
-    floor = setting.uniform_slots / setting.model.n_experts
+    floor = min(1.0, setting.room // setting.foot.expert_bytes / setting.foot.n_experts)
     reason = _why_not(setting, outcomes, floor)
     decided = "not_worth_it" if reason else verdict(gain, options.least_gain)
     return ResidencyStudy(

@@ -158,7 +158,7 @@ def split_slots(hits: Longs, n_slots: int, least: int) -> Longs:
 
 
 def knee(hit_rate: Doubles) -> int:
-    """Slots at the knee of a hit-rate curve: farthest above the line between its ends.
+    """Slots at the knee of a hit-rate curve: farthest above the line between its ends, 0 if none.
 
     hit_rate  float64[sizes], rising; column c is the rate with c slots
     source    Satopaa and others, "Finding a kneedle in a haystack", 2011

@@ -283,9 +283,9 @@ def sentences(document: dict[str, Any]) -> list[str]:
     )
     said.append(_regret(document))
     said.append(
-        f"{document['slots_that_fit_per_layer']} experts a layer fit: rho {document['rho']:.2f},"
-        f" {document['share_of_experts']:.0%} of the experts, which random routing would hit as"
-        f" often; the knee of the LRU curve is at {document['knee_slots']}."
+        f"{document['slots_that_fit_per_layer']} experts a layer fit (rho {document['rho']:.2f});"
+        f" random routing would hit {document['random_floor']:.0%}; the knee of the LRU curve is at"
+        f" {document['knee_slots']} slots."
     )
     said += [f"Left out: {name}: {why}" for name, why in document["left_out"].items()]
     said.append(
