@@ -72,7 +72,10 @@ class ResidentLayer(BaseModel):
 
 
 class ResidencyFile(BaseModel):
-    """A residency plan with everything needed to check it and to write an engine's file."""
+    """A residency plan with everything needed to check it and to write an engine's file.
+
+    expert_bytes  one routed expert at the most bits that any expert of the plan has
+    """
 
     model_config = ConfigDict(extra="forbid")
 

@@ -13,6 +13,9 @@ from moesim.cli.inputs import open_trace, require_model
 from moesim.errors import SimulationError
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
     from hwmodels.box import Box
     from moesim.residency_study import ResidencyOptions, ResidencyStudy
     from traces.model import ModelSpec
@@ -51,6 +54,7 @@ class Request:
     least_gain: float
     tokens: int
     seed: int
+    pin: str
 
 
 def residency(
@@ -92,6 +96,12 @@ def residency(
     least_gain: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="Share of the time that a plan must save.")
     ] = 0.01,
+    pin: Annotated[
+        str,
+        typer.Option(
+            help='Experts that must stay at full bits, "layer:expert,...", absolute layers.'
+        ),
+    ] = "",
     tokens: Annotated[int, typer.Option(min=2, help="Most tokens of each part.")] = 20_000,
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same answer.")] = 0,
     out: Annotated[
@@ -113,7 +123,7 @@ def residency(
         low_bits=low_bits, low_share=low_share, dense_bits=dense_bits, batch=batch, phase=phase,
         kv_tokens=kv_tokens, device_memory=device_memory, host_memory=host_memory,
         on_miss=on_miss, current=current, recall=recall, least_gain=least_gain, tokens=tokens,
-        seed=seed,
+        seed=seed, pin=pin,
     )  # fmt: skip
     study, document = _carry_out(request, out)
     if as_json:
@@ -131,7 +141,7 @@ def _carry_out(request: Request, folder: Path | None) -> tuple[ResidencyStudy, d
     routing, model = _routing(request.trace, request.model)
     judged = _routing(request.judge, request.model)[0] if request.judge else None
     box = box_of(request.system, request.drive, request.host_memory)
-    options = _options(request, box, routing)
+    options = _options(request, box, routing, model)
     with output.progress(None, "plan and judge") as advance:
         study = residency_study(routing, model, box, options, judged, lambda _: advance(1))
     document = study_document(study, _inputs(request, model, box, routing, options))
@@ -156,7 +166,9 @@ def _routing(text: str, name: str) -> tuple[RoutingTrace, ModelSpec]:
     return require_tokens(found, "a residency plan"), require_model(spec, "a residency plan")
 
 
-def _options(request: Request, box: Box, routing: RoutingTrace) -> ResidencyOptions:
+def _options(
+    request: Request, box: Box, routing: RoutingTrace, model: ModelSpec
+) -> ResidencyOptions:
     from hwmodels.units import parse
     from moesim.cli.inputs import phase_of
     from moesim.offload.prices import Weights
@@ -179,6 +191,7 @@ def _options(request: Request, box: Box, routing: RoutingTrace) -> ResidencyOpti
         device_bytes=device,
         on_miss=_MISSES[wanted],
         low_share=request.low_share,
+        pinned=pinned_experts(request.pin, model),
         current=request.current,
         least_gain=request.least_gain,
         recall=None if request.recall < 0 else request.recall,
@@ -186,6 +199,30 @@ def _options(request: Request, box: Box, routing: RoutingTrace) -> ResidencyOpti
         share=request.share,
         seed=request.seed,
     )
+
+
+def pinned_experts(text: str, model: ModelSpec) -> npt.NDArray[np.bool_] | None:
+    """bool[moe_layers, n_experts] of "layer:expert,...", None for none.
+
+    raises  SimulationError for what is no MoE layer or expert of the model
+    """
+    import numpy as np
+
+    if not text:
+        return None
+    rows = {layer: row for row, layer in enumerate(model.moe_layers)}
+    marked = np.zeros((model.n_moe_layers, model.n_experts), np.bool_)
+    for item in text.split(","):
+        layer, _, expert = item.strip().partition(":")
+        if not (layer.isdecimal() and expert.isdecimal()):
+            raise SimulationError(f"--pin {item.strip()!r}: expected layer:expert, such as 3:54")
+        if int(layer) not in rows or int(expert) >= model.n_experts:
+            raise SimulationError(
+                f"--pin {item.strip()}: {model.name} has MoE layers {model.moe_layers[0]}.."
+                f"{model.moe_layers[-1]} of {model.n_experts} experts"
+            )
+        marked[rows[int(layer)], int(expert)] = True
+    return marked
 
 
 def _inputs(
@@ -216,10 +253,14 @@ def _write(
     """Plan, record, table, pictures and a page that shows them, into the folder."""
     from moesim.report.html import Section, page
     from moesim.residency_report import plan_file, write_pictures
+    from planners.keep_sets import require_pinned
     from planners.residency_file import write_residency
     from traces.files import write_text
 
-    write_residency(plan_file(study, model, options, document), folder / "plan.json")
+    plan = plan_file(study, model, options, document)
+    if options.pinned is not None:
+        require_pinned(plan, options.pinned, options.weights.expert_bits)
+    write_residency(plan, folder / "plan.json")
     output.write_json(folder / "result.json", document)
     output.write_csv(folder / "table.csv", COLUMNS, rows(document))
     pictures = write_pictures(study, model, folder)

@@ -32,8 +32,14 @@ def end_to_end(
     """Score the time per output token of serving runs that nothing was fitted to.
 
     A run is priced as a decode pass of its operators plus the prompts that are computed beside it,
-    all by the fit of one device on the datasheet of the run's.
+    all by the fit of one device on the datasheet of the run's. A table of published runs in words
+    is scored as `validate offload-rows` does.
     """
+    if _in_words(data):
+        from moesim.cli.validate_offload_rows import offload_rows
+
+        offload_rows(data, as_json)
+        return
     from moesim.serving_rows import read_serving
     from moesim.validate import predict_serving, score_serving
 
@@ -50,6 +56,13 @@ def end_to_end(
         output.emit_json(record)
     else:
         _show(found, score)
+
+
+def _in_words(data: Path) -> bool:
+    """Whether a table describes hardware and policy in text columns."""
+    with data.open(encoding="utf-8", errors="replace") as file:
+        columns = file.readline(1 << 16).split(",")
+    return {"hardware", "policy", "metric", "value"} <= {name.strip() for name in columns}
 
 
 def document(found: EndToEnd, score: EndToEndScore) -> dict[str, Any]:

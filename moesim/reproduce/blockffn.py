@@ -81,11 +81,8 @@ class Speculation:
 
 
 def edge_box() -> Box:
-    """The device, whose tensor cores multiply bf16 as fast as fp16 (the catalogue has fp16)."""
-    box = load_box(DEVICE)
-    peaks = dict(box.device.flop_per_s)
-    device = replace(box.device, flop_per_s={"bf16": peaks["fp16"], **peaks})
-    return replace(box, device=device, system=replace(box.system, device=device))
+    """The device."""
+    return load_box(DEVICE)
 
 
 def pass_seconds(model: ModelSpec, box: Box, active: Flags, chunk: int) -> float:
@@ -114,10 +111,10 @@ def draft_seconds(model: ModelSpec, box: Box) -> float:
     sides = (
         [(hidden, hidden)] * 6 + [(width, hidden)] * 2 + [(hidden, width), (DRAFT_WORDS, hidden)]
     )
-    weights_s = sum(float(gemm(box.device, (1, n, k)).seconds) for n, k in sides)
+    weights_s = sum(float(gemm(box.device, (1, n, k), "fp16").seconds) for n, k in sides)
     heads = model.attention.n_heads
     shape = AttentionShape(heads, heads, hidden // heads, hidden // heads)
-    attention_s = float(attention_decode(box.device, shape, (1, CONTEXT)).seconds)
+    attention_s = float(attention_decode(box.device, shape, (1, CONTEXT), "fp16").seconds)
     return weights_s + attention_s + 4 * float(elementwise(box.device, 4 * hidden).seconds)
 
 
