@@ -443,11 +443,11 @@ def _on_gpu(
         seconds += prices.gpu_fixed_s
     if seconds + after_s > 0.0:
         last = _task(tasks, gpu, RESIDENT_EXPERTS, seconds + after_s)
-    for cell in range(work.start[step], work.start[step + 1]):
-        if work.place[cell] > _LOADED or work.load[cell] < first_load:
-            continue
-        last = _task(
-            tasks, gpu, LOADED_EXPERT, prices.gpu_start_s + prices.gpu_s[work.tokens[cell]]
-        )
-        _wait(tasks, task_of_load[work.load[cell] - first_load])
+    for place in (_RESIDENT, _LOADED):  # what was fetched ahead arrives before what is missing
+        for cell in range(work.start[step], work.start[step + 1]):
+            if work.place[cell] != place or work.load[cell] < first_load:
+                continue
+            seconds = prices.gpu_start_s + prices.gpu_s[work.tokens[cell]]
+            last = _task(tasks, gpu, LOADED_EXPERT, seconds)
+            _wait(tasks, task_of_load[work.load[cell] - first_load])
     return last
