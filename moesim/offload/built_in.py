@@ -90,7 +90,7 @@ def _cache(work: LayerSteps, policy: OffloadPolicy) -> CachePolicy:
     if policy.cache == "belady":
         return Belady(Future(work))
     if policy.cache == "arc":
-        return Arc(group, slots.tolist())
+        return Arc(group, (slots // policy.units_high).tolist())
     simple: dict[str, Callable[[], CachePolicy]] = {"lru": Lru, "lfu": Lfu, "fifo": Fifo}
     return simple[policy.cache]()
 
@@ -116,6 +116,7 @@ def _rules(work: LayerSteps, policy: OffloadPolicy, ahead: Predictions) -> kerne
         n_layers=work.n_layers,
         n_experts=work.n_experts,
         per_layer=len(policy.capacity(work.n_layers)) > 1,
+        keep_expected=policy.keep_expected,
     )
 
 
@@ -184,6 +185,7 @@ def _decisions(log: kernel.Log, tally: npt.NDArray[np.int64]) -> Decisions:
             np.ascontiguousarray(loads["step"]),
             np.ascontiguousarray(loads["kind"]),
             np.ascontiguousarray(loads["units"]),
+            np.ascontiguousarray(loads["victim"]),
         ),
         evictions=int(tally[kernel.EVICTIONS]),
         refused=int(tally[kernel.REFUSED]),

@@ -24,6 +24,7 @@ from moesim.offload.decisions import (
     LOADED,
     LOW,
     NO_LOAD,
+    NO_VICTIM,
     PREFETCH,
     RESIDENT,
     Decisions,
@@ -85,14 +86,15 @@ class _Log:
     was_there: list[bool] = field(default_factory=list)
     level: list[int] = field(default_factory=list)
     load: list[int] = field(default_factory=list)
-    loads: list[tuple[int, int, int, int]] = field(default_factory=list)
+    loads: list[tuple[int, int, int, int, int]] = field(default_factory=list)
+    left: int = NO_VICTIM  # the last copy thrown out for the load being decided
     evictions: int = 0
     refused: int = 0
     wasted: int = 0
 
     def issue(self, expert: int, step: int, kind: int, units: int) -> int:
         """A load's index."""
-        self.loads.append((expert, step, kind, units))
+        self.loads.append((expert, step, kind, units, self.left))
         return len(self.loads) - 1
 
 
@@ -138,8 +140,9 @@ def _serve(
     waits_for = NO_LOAD
     fast.untouched.discard(expert)
     if place == LOADED:
-        waits_for = log.issue(expert, step, DEMAND, fast.to_load(expert, need))
+        units = fast.to_load(expert, need)
         _take_slot(fast, log, cache, (expert, need), (step, asked, False))
+        waits_for = log.issue(expert, step, DEMAND, units)
         log.level.append(need)
     else:
         if place == RESIDENT:
@@ -184,18 +187,21 @@ def _take_slot(
 ) -> bool:
     """Room for a copy of an expert; False when every other copy is needed sooner.
 
-    A load by demand then passes through without a slot. It may push out what is wanted later, a
-    load ahead may not.
+    A load by demand then passes through without a slot. It may push out what is wanted later (only
+    if nothing else is left, with `keep_expected`), a load ahead may not.
     """
     expert, level = copy
     step, asked, ahead = at
+    log.left = NO_VICTIM
     group = fast.group_of[expert]
     resident = fast.resident[group]
     more = fast.units(level) - fast.units(resident.get(expert, 0))
+    busy = set(asked)
     while fast.used[group] + more > fast.slots[group]:
-        free_to_go = [other for other in sorted(resident) if other not in asked]
+        free_to_go = [other for other in sorted(resident) if other not in busy]
         idle = [other for other in free_to_go if fast.wanted_until.get(other, -1) < step]
-        candidates = idle if idle or ahead else free_to_go
+        spared = ahead or (fast.policy.keep_expected and idle)
+        candidates = idle if spared else free_to_go
         if not candidates:
             return False
         _evict(fast, log, cache, cache.victim(candidates, expert, step))
@@ -211,6 +217,7 @@ def _evict(fast: _Fast, log: _Log, cache: CachePolicy, victim: int) -> None:
     fast.used[group] -= fast.units(fast.resident[group].pop(victim))
     fast.arriving.pop(victim, None)
     cache.evict(victim)
+    log.left = victim
     log.evictions += 1
     if victim in fast.untouched:
         fast.untouched.discard(victim)
@@ -280,7 +287,7 @@ def _at_start(work: LayerSteps, policy: OffloadPolicy, cache: CachePolicy) -> _F
 
 
 def _decisions(log: _Log) -> Decisions:
-    columns = np.array(log.loads, dtype=np.int64).reshape(-1, 4)
+    columns = np.array(log.loads, dtype=np.int64).reshape(-1, 5)
     return Decisions(
         place=np.array(log.place, np.int8),
         was_there=np.array(log.was_there, np.bool_),
@@ -291,6 +298,7 @@ def _decisions(log: _Log) -> Decisions:
             columns[:, 1].copy(),
             columns[:, 2].astype(np.int8),
             columns[:, 3].astype(np.int32),
+            columns[:, 4].astype(np.int32),
         ),
         evictions=log.evictions,
         refused=log.refused,

@@ -23,7 +23,7 @@ _LOW, _HIGH = 1, 2
 _NOWHERE, _T1, _T2, _B1, _B2 = range(5)
 _NEVER = np.iinfo(np.int64).max
 _BEFORE_ALL = -2e19
-LOADS, EVICTIONS, REFUSED, WASTED, STEP, CLOCK, N_TALLY = range(7)
+LOADS, EVICTIONS, REFUSED, WASTED, STEP, CLOCK, LEFT, N_TALLY = range(8)
 
 Longs = npt.NDArray[np.int64]
 Ints = npt.NDArray[np.int32]
@@ -57,7 +57,14 @@ GROUP = np.dtype(
     align=True,
 )
 LOAD_RECORD = np.dtype(
-    [("step", np.int64), ("object", np.int32), ("units", np.int32), ("kind", np.int8)], align=True
+    [
+        ("step", np.int64),
+        ("object", np.int32),
+        ("units", np.int32),
+        ("victim", np.int32),  # the last copy thrown out for it, -1 for none
+        ("kind", np.int8),
+    ],
+    align=True,
 )
 
 
@@ -90,6 +97,7 @@ class Rules(NamedTuple):
     n_layers: int
     n_experts: int
     per_layer: bool
+    keep_expected: bool
 
 
 class Times(NamedTuple):
@@ -108,7 +116,7 @@ class Fast(NamedTuple):
     groups: Records
     row: Ints
     in_list: Longs  # [groups, 5] objects in each of ARC's lists
-    tally: Longs  # loads, evictions, refused, wasted, next layer-step, clock
+    tally: Longs  # loads, evictions, refused, wasted, next layer-step, clock, last to leave
 
 
 class Log(NamedTuple):
@@ -257,8 +265,8 @@ def _serve(work: Work, rules: Rules, fast: Fast, log: Log, step: int) -> None:
         elif log.place[cell] == _LOADED:
             need, had = work.need[cell], objects[expert].level
             units = _units(rules, need) - (_units(rules, had) if rules.nested else 0)
-            log.load[cell] = _issue(fast.tally, log.loads, expert, step, units, _DEMAND)
             _take_slot(rules, fast, expert, need, step, False)
+            log.load[cell] = _issue(fast.tally, log.loads, expert, step, units, _DEMAND)
             log.level[cell] = need
         else:
             log.load[cell] = -1
@@ -297,6 +305,7 @@ def _issue(tally: Longs, loads: Records, expert: int, step: int, units: int, kin
     loads[at].step = step
     loads[at].units = units
     loads[at].kind = kind
+    loads[at].victim = tally[LEFT]
     tally[LOADS] = at + 1
     return at
 
@@ -314,6 +323,7 @@ def _take_slot(rules: Rules, fast: Fast, expert: int, level: int, step: int, ahe
     group = expert // rules.n_experts if rules.per_layer else 0
     objects, groups = fast.objects, fast.groups
     more = _units(rules, level) - _units(rules, objects[expert].level)
+    fast.tally[LEFT] = -1
     while groups[group].used + more > groups[group].slots:
         victim = _victim(rules, fast, group, expert, step, ahead)
         if victim < 0:
@@ -352,6 +362,7 @@ def _evict(rules: Rules, fast: Fast, group: int, victim: int) -> None:
     objects[victim].arriving = -1
     objects[victim].count = 0
     fast.tally[EVICTIONS] += 1
+    fast.tally[LEFT] = victim
     if objects[victim].untouched:
         objects[victim].untouched = False
         fast.tally[WASTED] += 1
@@ -364,7 +375,7 @@ def _victim(rules: Rules, fast: Fast, group: int, incoming: int, step: int, ahea
     """Resident object that leaves, -1 for none.
 
     What the running layer needs stays. What is expected later stays too while there is anything
-    else, and always when the incoming copy is itself fetched ahead.
+    else (with `keep_expected`), and always when the incoming copy is itself fetched ahead.
     """
     objects = fast.objects
     best, best_major, best_minor, best_wanted = -1, 0.0, 0, False
@@ -374,6 +385,7 @@ def _victim(rules: Rules, fast: Fast, group: int, incoming: int, step: int, ahea
         wanted = objects[expert].wanted_until >= step
         if objects[expert].asked_at == step or (wanted and ahead):
             continue
+        wanted = wanted and rules.keep_expected
         major, minor = _rank(rules, objects, expert, step, from_t1)
         sooner = major < best_major or (major == best_major and minor < best_minor)
         if best < 0 or wanted < best_wanted or (wanted == best_wanted and sooner):
@@ -422,7 +434,8 @@ def _arc_use(rules: Rules, fast: Fast, expert: int) -> None:
     if found in (_T1, _T2):
         _arc_move(fast, group, expert, _T2)
     elif found == _B1:
-        groups[group].wanted_t1 = min(float(groups[group].slots), wanted + max(1.0, b2 / b1))
+        room = float(groups[group].slots // rules.units_high)
+        groups[group].wanted_t1 = min(room, wanted + max(1.0, b2 / b1))
     elif found == _B2:
         groups[group].wanted_t1 = max(0.0, wanted - max(1.0, b1 / b2))
 
@@ -439,7 +452,7 @@ def _arc_insert(rules: Rules, fast: Fast, group: int, expert: int) -> None:
     """Into T1, or into T2 when it left not long ago; ghosts are cut to their room."""
     known = fast.objects[expert].arc == _B1 or fast.objects[expert].arc == _B2
     _arc_move(fast, group, expert, _T2 if known else _T1)
-    counts, slots = fast.in_list[group], fast.groups[group].slots
+    counts, slots = fast.in_list[group], fast.groups[group].slots // rules.units_high
     while counts[_B1] > 0 and counts[_T1] + counts[_B1] > slots:
         _arc_forget_oldest(rules, fast, group, _B1)
     while counts[_B2] > 0 and counts[_T1] + counts[_T2] + counts[_B1] + counts[_B2] > 2 * slots:

@@ -15,6 +15,7 @@ RESIDENT, LOADED, ON_CPU, ON_PIM, SKIPPED = 0, 1, 2, 3, 4
 PLACES = ("resident", "loaded", "on_cpu", "on_pim", "skipped")
 DEMAND, PREFETCH = 0, 1
 NO_LOAD = -1
+NO_VICTIM = -1
 LOW, HIGH = 1, 2
 """Precision of a copy in the fast tier: the low-bit one, or the full one."""
 
@@ -31,12 +32,15 @@ class Loads:
     step       int64[loads], layer-step at whose gate it was issued
     kind       int8[loads], DEMAND or PREFETCH
     units      int32[loads], size in the units of the cache's slots
+    victim     int32[loads], object that left to make room, -1 for none; the last of several, and
+               None where nobody noted it
     """
 
     object: Ints
     step: Longs
     kind: Bytes
     units: Ints
+    victim: Ints | None = None
 
 
 @dataclass(frozen=True, slots=True)

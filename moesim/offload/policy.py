@@ -38,6 +38,8 @@ class OffloadPolicy:
     high_share   below 1, an expert is served by a low-bit copy once better ones of its layer-step
                  hold this share of the gate weight
     nested       an upgrade from low to high loads only the difference
+    keep_expected  a load by demand throws out what is expected later only where nothing else is
+                 left; False: it takes whichever copy the cache names
     """
 
     cache: str = "lru"
@@ -53,6 +55,7 @@ class OffloadPolicy:
     units_low: int = 0
     high_share: float = 1.0
     nested: bool = False
+    keep_expected: bool = True
 
     def __post_init__(self) -> None:
         if self.cache not in CACHES:

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moesim import engine
+from moesim.errors import SimulationError
 from moesim.lower.offload import (
     LOADED_EXPERT,
     Extras,
@@ -46,6 +47,7 @@ class OffloadResult:
     stall_s          float64[n_passes], device idle while it waits for loads or the CPU
     load_wait_s      of all stalls, those spent waiting for a load
     loads, loads_ahead, wasted  copies by demand, ahead, and ahead but never used
+    dropped          of those ahead, the ones whose slot was given away before they started
     cpu_share, skipped_share, low_share  of the expert computations
     busy_s           seconds of work on device, copy engines, CPU, drive, PIM
     """
@@ -60,6 +62,7 @@ class OffloadResult:
     loads: int
     loads_ahead: int
     wasted: int
+    dropped: int
     evictions: int
     cpu_share: float
     skipped_share: float
@@ -106,7 +109,13 @@ def simulate(
     """Decide by a built-in policy and clock it.
 
     host_slots  experts that fit host memory, the rest lies on the drive; 0: all fit
+    raises      SimulationError when policy and prices count in different units
     """
+    in_units = round(prices.expert_bytes / prices.unit_bytes)
+    if policy.units_high != in_units:
+        raise SimulationError(
+            f"units_high={policy.units_high}: these prices count a full copy as {in_units} units"
+        )
     decided = decide_built_in(work, policy, prices.unit_times(), predicted)
     extras = cold_reads(work, decided, host_slots) if host_slots else None
     return run(work, decided, prices, extras)
@@ -126,16 +135,19 @@ def run(
     n_passes = work.passes.n_passes
     pass_s, stall_s = np.zeros(n_passes), np.zeros(n_passes)
     waited, busy = 0.0, np.zeros(2 * prices.n_gpus + 3)
+    dropped: list[npt.NDArray[np.bool_]] = []
     for first, end in _parts(work):
         part = offload_program(work, decided, prices, (first, end), extras)
         timeline = engine.run(part.program)
+        dropped.append(part.dropped)
         waited += _measure(
             part.program.stream, part.kind, timeline.start_s, timeline.end_s,
             part.pass_end, prices.n_gpus, pass_s[first:end], stall_s[first:end], busy,
         )  # fmt: skip
         if progress is not None:
             progress(end)
-    return _result(work, decided, prices, (pass_s, stall_s, waited, busy))
+    gone = np.concatenate(dropped) if dropped else np.zeros(0, np.bool_)
+    return _result(work, decided, prices, (pass_s, stall_s, waited, busy), gone)
 
 
 def _parts(work: LayerSteps) -> Iterator[tuple[int, int]]:
@@ -162,10 +174,12 @@ def _result(
     decided: Decisions,
     prices: Prices,
     clocked: tuple[Seconds, Seconds, float, Seconds],
+    dropped: npt.NDArray[np.bool_],
 ) -> OffloadResult:
     pass_s, stall_s, waited, busy = clocked
     tokens = work.passes.tokens
-    loaded_bytes = float(decided.loads.units.sum(dtype=np.int64)) * prices.unit_bytes
+    moved = decided.loads.units[~dropped].sum(dtype=np.int64)
+    loaded_bytes = float(moved) * prices.unit_bytes
     ahead = int((decided.loads.kind == PREFETCH).sum())
     return OffloadResult(
         pass_s=pass_s,
@@ -178,6 +192,7 @@ def _result(
         loads=len(decided.loads.kind) - ahead,
         loads_ahead=ahead,
         wasted=decided.wasted,
+        dropped=int(dropped.sum()),
         evictions=decided.evictions,
         cpu_share=_share(decided.place == ON_CPU),
         skipped_share=_share(decided.place == SKIPPED),

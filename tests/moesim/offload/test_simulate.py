@@ -165,6 +165,26 @@ def test_what_host_memory_cannot_hold_is_read_from_the_drive() -> None:
     assert not extras.load_cold.any()
 
 
+def test_experts_on_a_drive_need_one() -> None:
+    work = work_of(20)
+    _, price = priced(work)
+    with pytest.raises(SimulationError, match="no drive"):
+        simulate(work, price, slots(work, 2), host_slots=20)
+
+
+def test_demand_overtakes_loads_ahead_that_have_not_started() -> None:
+    # Wrong predictions queue on a slow link; with a queue of one kind they would block every miss.
+    work = work_of(120)
+    slow = replace(load_box(BOX), copy_bytes_per_s=5e9)
+    _, price = priced(work, slow)
+    plain = simulate(work, price, slots(work, 3))
+    misled = simulate(work, price, slots(work, 3), oracle(work, 0.2))
+    loads_s = price.expert_bytes / 5e9
+    # A miss waits for at most the one load ahead that is on the link already.
+    assert misled.seconds <= plain.seconds + (misled.loads + misled.loads_ahead) * loads_s
+    assert misled.dropped > 0
+
+
 def test_a_drive_tier_of_one_expert_reads_every_change() -> None:
     work = work_of(20)
     decided = decide_built_in(work, slots(work, 2))
