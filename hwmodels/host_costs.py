@@ -150,8 +150,8 @@ PROFILE_SOURCES: Mapping[str, Mapping[str, Figure]] = MappingProxyType(
 )  # fmt: skip
 """Constants of each engine that are not the default's, with the blocks of rows they were fitted on.
 
-Blocks are those of a table of published runs that moesim/offload_rows.py reads; fitted anew by
-moesim/offload_fit.py.
+Blocks are those of a table of published runs that moesim/published/rows.py reads; fitted anew by
+moesim/published/fit.py.
 """
 
 _CHOICES: Mapping[str, tuple[Unit, EightBit]] = MappingProxyType(

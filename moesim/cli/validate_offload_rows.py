@@ -11,7 +11,7 @@ import typer
 from moesim.cli import output
 
 if TYPE_CHECKING:
-    from moesim.offload_scores import OffloadScores, Predicted
+    from moesim.published.scores import OffloadScores, Predicted
 
 COLUMNS = ("group", "rows", "median %", "mean %", "p90 %", "bias %", "within 10 %")
 SWEEP_COLUMNS = ("sweep", "rows", "Kendall tau")
@@ -27,8 +27,8 @@ def offload_rows(
     that no fit has seen are a group of their own. A sweep is three rows or more that differ in one
     thing, with Kendall's tau of the predicted order.
     """
-    from moesim.offload_rows import read_offload_rows
-    from moesim.offload_scores import predict_rows, score_rows
+    from moesim.published.rows import read_offload_rows
+    from moesim.published.scores import predict_rows, score_rows
 
     found = predict_rows(read_offload_rows(data))
     scores = score_rows(found)

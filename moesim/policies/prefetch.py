@@ -107,7 +107,8 @@ def oracle(
     recall  share of true experts that are named, one number or float64[n_layers]; the last ranks
             of a layer-step are missed more often, in proportion to their rank, since that is where
             gates differ
-    extra   further names after the top_k ones
+    extra   further names after the top_k ones; never a true one that was missed, so that recall
+            stays as asked (`noisy_gate.py` ranks a whole layer instead)
     near    int32[n_steps, m], experts that nearly made it, best first (`runners_up`); None draws
             them by the layer's popularity
     raises  SimulationError for a recall outside 0..1

@@ -12,7 +12,7 @@ import numpy as np
 
 from moesim.reproduce.claim import Claim, Tier
 from moesim.reproduce.sources import Sources
-from moesim.streamed_runs import GIB, T4_MEMORY_BYTES, flexgen_run, l4_box, t4_box
+from moesim.reproduce.streamed_runs import GIB, T4_MEMORY_BYTES, flexgen_run, l4_box, t4_box
 from planners.flexgen import (
     FlexgenProblem,
     flexgen_capacity,

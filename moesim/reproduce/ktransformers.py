@@ -23,7 +23,7 @@ from moesim.offload.built_in import decide_built_in
 from moesim.offload.policy import OffloadPolicy
 from moesim.offload.prices import Prices, Weights, prices
 from moesim.offload.simulate import OffloadResult, run, simulate, timeline_of
-from moesim.offload_engines import engine
+from moesim.published.engines import engine
 from moesim.reproduce.baseline import honest_baseline
 from moesim.reproduce.claim import Claim, Tier
 from moesim.reproduce.fiddler import host_of

@@ -28,8 +28,8 @@ from moesim.offload.drive import cold_reads
 from moesim.offload.policy import OffloadPolicy
 from moesim.offload.prices import Prices, Weights, prices
 from moesim.offload.simulate import run, simulate
-from moesim.offload_engines import engine
-from moesim.offload_sizes import attention_flop, dense_params
+from moesim.published.engines import engine
+from moesim.published.sizes import attention_flop, dense_params
 from moesim.reproduce.baseline import honest_baseline
 from moesim.reproduce.claim import Claim, Tier
 from moesim.reproduce.mixtral_offloading import (

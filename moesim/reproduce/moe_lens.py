@@ -19,7 +19,7 @@ from moesim.lower.streamed import IterationLoad, iteration_time, mixed_step, vsl
 from moesim.lower.streamed_requests import Iterations, Scheduler, schedule
 from moesim.reproduce.claim import Claim, Tier
 from moesim.reproduce.sources import Sources
-from moesim.streamed_runs import A40_GPU_TOKENS_PER_S, a40_box, kv_pages, lightning_run
+from moesim.reproduce.streamed_runs import A40_GPU_TOKENS_PER_S, a40_box, kv_pages, lightning_run
 from planners.streamed import (
     LayerShape,
     Lengths,

@@ -17,7 +17,7 @@ from hwmodels.devices import load_device
 from moesim.lower.streamed import cgopipe, iteration_time, micro_step
 from moesim.reproduce.claim import Claim
 from moesim.reproduce.sources import Sources
-from moesim.streamed_runs import (
+from moesim.reproduce.streamed_runs import (
     GIB,
     STAGING_BYTES_PER_S,
     T4_CPU_FLOP_PER_S,

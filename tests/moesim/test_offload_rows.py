@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from hwmodels.errors import HardwareError
 from hwmodels.host_costs import n_sockets
 from moesim.errors import SimulationError
-from moesim.offload_engines import DEFAULT_SKEW, ENGINES, FITTED, Skew, engine
-from moesim.offload_fit import apply, fit_engine, in_fit
-from moesim.offload_predict import placed, popularity, predicted
-from moesim.offload_rows import (
+from moesim.published.engines import DEFAULT_SKEW, ENGINES, FITTED, Skew, engine
+from moesim.published.fit import apply, fit_engine, in_fit
+from moesim.published.predict import placed, popularity, predicted
+from moesim.published.rows import (
     COLUMNS,
     Cells,
     OffloadRow,
@@ -28,8 +28,8 @@ from moesim.offload_rows import (
     read_offload_rows,
     read_row,
 )
-from moesim.offload_scores import in_required_part, predict_rows, score_rows
-from moesim.offload_words import BITS, Refused
+from moesim.published.scores import in_required_part, predict_rows, score_rows
+from moesim.published.words import BITS, Refused
 from tests.moesim.cli_case import moesim, refused
 
 SCHED = {

@@ -7,7 +7,7 @@ import pytest
 from moesim.reproduce import flexgen
 from moesim.reproduce.claim import Claim
 from moesim.reproduce.sources import Sources
-from moesim.streamed_runs import flexgen_run, t4_box, zero_run
+from moesim.reproduce.streamed_runs import flexgen_run, t4_box, zero_run
 from planners.flexgen import flexgen_plan
 from planners.streamed import Lengths, StreamedPolicy, layer_shape
 from traces.models import load_model

@@ -11,7 +11,7 @@ from moesim.lower.streamed import IterationLoad
 from moesim.reproduce import moe_lens
 from moesim.reproduce.claim import Claim
 from moesim.reproduce.sources import Sources
-from moesim.streamed_runs import a40_box
+from moesim.reproduce.streamed_runs import a40_box
 from planners.streamed import LayerShape, Lengths, StreamBox, layer_shape
 from traces.models import load_model
 

@@ -12,11 +12,11 @@ import pytest
 from scipy.stats import kendalltau
 
 from moesim.errors import SimulationError
+from moesim.published.streamed_rows import NO_BATCH, StreamedRow, read_row, row_run
 from moesim.reproduce import moe_lightning
 from moesim.reproduce.claim import Claim
 from moesim.reproduce.sources import Sources
-from moesim.streamed_rows import NO_BATCH, StreamedRow, read_row, row_run
-from moesim.streamed_runs import t4_box
+from moesim.reproduce.streamed_runs import t4_box
 from planners.streamed import (
     LayerShape,
     Lengths,

@@ -16,10 +16,10 @@ import numpy.typing as npt
 from hwmodels.calibration import Score, score_of
 from hwmodels.errors import HardwareError
 from moesim.errors import SimulationError
-from moesim.offload_engines import engine
-from moesim.offload_fit import in_fit
-from moesim.offload_predict import predicted
-from moesim.offload_rows import OffloadRow, OffloadRows
+from moesim.published.engines import engine
+from moesim.published.fit import in_fit
+from moesim.published.predict import predicted
+from moesim.published.rows import OffloadRow, OffloadRows
 
 Floats = npt.NDArray[np.float64]
 LEAST_IN_SWEEP = 3

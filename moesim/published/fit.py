@@ -1,6 +1,6 @@
-"""Fit the constants of `offload_engines.py` to blocks of a table of runs.
+"""Fit the constants of `engines.py` to blocks of a table of runs.
 
-    from moesim.offload_fit import fit
+    from moesim.published.fit import fit
     fit(read_offload_rows(path).rows)
 
 Constants are varied by factors, to the least sum of squared log errors of the rows of the blocks in
@@ -18,9 +18,9 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 
-from moesim.offload_engines import DEFAULT_SKEW, ENGINES, FITTED, Engine, Skew, with_constants
-from moesim.offload_predict import predicted
-from moesim.offload_rows import OffloadRow
+from moesim.published.engines import DEFAULT_SKEW, ENGINES, FITTED, Engine, Skew, with_constants
+from moesim.published.predict import predicted
+from moesim.published.rows import OffloadRow
 
 ROWS_OF_A_BLOCK = 6.0  # that every block counts as
 PULL = 0.25  # log error that a factor of e away from the start counts for

@@ -28,9 +28,9 @@ from hwmodels.host_costs import (
     host_flop_per_s,
 )
 from moesim.errors import SimulationError
-from moesim.offload_engines import DEFAULT_SKEW, FAULT_BYTES_PER_S, Engine, Skew, engine
-from moesim.offload_rows import OffloadRow, Placement
-from moesim.offload_sizes import attention_flop, dense_params, kv_bytes_read
+from moesim.published.engines import DEFAULT_SKEW, FAULT_BYTES_PER_S, Engine, Skew, engine
+from moesim.published.rows import OffloadRow, Placement
+from moesim.published.sizes import attention_flop, dense_params, kv_bytes_read
 from traces.model import ModelSpec
 
 Floats = npt.NDArray[np.float64]

@@ -20,7 +20,7 @@ from typing import Literal
 from hwmodels.device import Device
 from hwmodels.errors import HardwareError
 from moesim.errors import SimulationError
-from moesim.offload_words import Machine, Refused, read_machine, read_model, read_widths
+from moesim.published.words import Machine, Refused, read_machine, read_model, read_widths
 from traces.model import ModelSpec
 
 Phase = Literal["prefill", "decode"]
@@ -102,7 +102,7 @@ class Residency:
 class OffloadRow:
     """One measured rate: tokens/s, or milliseconds between tokens when metric is "itl_ms".
 
-    engine       name of a profile in `offload_engines.py`
+    engine       name of a profile in `engines.py`
     model        its shape, with the experts per token that the run took
     expert_bits, dense_bits  bits stored per weight
     stream_from  tokens of a pass from which experts are copied to the device to be multiplied

@@ -15,7 +15,14 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from moesim.errors import SimulationError
-from moesim.streamed_runs import RunTime, flexgen_run, l4_box, lightning_run, t4_box, zero_run
+from moesim.reproduce.streamed_runs import (
+    RunTime,
+    flexgen_run,
+    l4_box,
+    lightning_run,
+    t4_box,
+    zero_run,
+)
 from planners.streamed import LayerShape, Lengths, StreamBox, StreamedPolicy, joined, layer_shape
 from planners.streamed_policy import MemoryRules, best_policy
 from traces.models import load_model
