@@ -284,10 +284,10 @@ def _numbers(prices: Prices, more: Extras, shared: bool) -> _Prices:
     copy_rate = box.copy_bytes_per_s * prices.links
     drive = box.drive
     share = box.efficiency.drive_share
-    pim_s = np.zeros(len(prices.gpu_s)) if more.pim_s is None else more.pim_s
+    pim_s = np.zeros(1) if more.pim_s is None else more.pim_s
     return _Prices(
         np.column_stack([prices.first_s, prices.before_s, prices.after_s, prices.tail_s]),
-        np.column_stack([prices.gpu_s, prices.cpu_s, pim_s]),
+        _side_by_side(prices.gpu_s, prices.cpu_s, pim_s),
         prices.gpu_fixed_s,
         prices.gpu_start_s,
         prices.cpu_fixed_s,
@@ -301,6 +301,15 @@ def _numbers(prices: Prices, more: Extras, shared: bool) -> _Prices:
         shared,
         more.pim_s is not None,
     )
+
+
+def _side_by_side(*tables: Doubles) -> Doubles:
+    """The tables as columns; a shorter one ends in infinities, which no unit can take."""
+    most = max(len(table) for table in tables)
+    columns = np.full((most, len(tables)), np.inf)
+    for column, table in enumerate(tables):
+        columns[: len(table), column] = table
+    return columns
 
 
 def _empty(n_tasks: int, n_passes: int, n_gpus: int) -> _Tasks:
