@@ -164,12 +164,14 @@ class Extras:
     cpu_cold   bool[cells], the same for experts on the CPU
     pim_s      float64[most tokens + 1], one expert on the PIM unit by token copies
     deferred   experts of a layer on the CPU whose results join one layer later (KTransformers)
+    in_order   copies run in order of issue: nothing overtakes, nothing is dropped
     """
 
     load_cold: npt.NDArray[np.bool_] | None = None
     cpu_cold: npt.NDArray[np.bool_] | None = None
     pim_s: Doubles | None = None
     deferred: int = 0
+    in_order: bool = False
 
 
 def offload_program(
@@ -242,7 +244,7 @@ def _arrays(
     rows["gpu"] = gpu_of_layer[loads.object[part] // work.n_experts]
     rows["ahead"] = loads.kind[part] != 0
     rows["task"] = rows["gate"] = -1
-    any_ahead = bool(rows["ahead"].any())
+    any_ahead = bool(rows["ahead"].any()) and not more.in_order
     if any_ahead:
         rows["left"] = _left_at(loads, part, work.n_objects)
     if more.load_cold is not None:
@@ -346,7 +348,7 @@ def _emit(
                 _promote(work, prices, tasks, step)
             while issued < len(work.loads) and work.loads[issued].step == step:
                 work.loads[issued].gate = gate
-                if not work.loads[issued].ahead:
+                if not (work.any_ahead and work.loads[issued].ahead):
                     _copy(work.loads, prices, tasks, issued)
                 issued += 1
             now = later = -1

@@ -23,6 +23,8 @@ from hwmodels.box import Box, load_box
 from hwmodels.device import Figure
 from hwmodels.devices import load_device
 from hwmodels.host_costs import host_bytes_per_s
+from moesim.lower.offload import Extras
+from moesim.offload.built_in import decide_built_in
 from moesim.offload.decide import decide
 from moesim.offload.policy import OffloadPolicy
 from moesim.offload.prices import Prices, Weights, prices
@@ -139,7 +141,8 @@ def se_moe(one: Case) -> OffloadResult:
         np.tile(np.arange(work.n_experts, dtype=np.int32), work.n_steps),
     )
     policy = OffloadPolicy(cache="fifo", slots=np.array([2 * work.n_experts]))
-    return simulate(work, one.prices, policy, everything)
+    decided = decide_built_in(work, policy, None, everything)
+    return run(work, decided, one.prices, Extras(in_order=True))
 
 
 def pre_gated(one: Case, slots: int) -> OffloadResult:
