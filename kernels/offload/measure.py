@@ -86,6 +86,7 @@ def measure(
                      over the calm rounds of the token (the calmest where none is); [tokens][layers]
                      of `hits`, `misses`, `prefetched`; [rounds][tokens] of `round_step_s`,
                      `round_robbed_s`; `hit_rate`, `buffer_bytes`
+                     `calm_share`: of a step, what may be robbed of a calm one
                      `same_outputs`: whether all runs computed the same, bit for bit
                      `tier`, `environment`, and the options
     raises           KernelError naming what does not fit, before anything is written
@@ -109,7 +110,8 @@ def measure(
     return {
         "schema": SCHEMA, "stack": asdict(options.spec), "tier": first.tier,
         "slots": options.slots, "warm_up": options.warm_up, "rounds": options.rounds,
-        "chunk": options.chunk, "n_tokens": len(first.step_s), "costs": _costs_json(costs),
+        "chunk": options.chunk, "n_tokens": len(first.step_s), "calm_share": CALM,
+        "costs": _costs_json(costs),
         "policies": {name: _policy_json(runs) for name, runs in by_policy.items()},
         "same_outputs": all(
             torch.equal(run.outputs, first.outputs) for runs in by_policy.values() for run in runs

@@ -11,6 +11,7 @@ import typer
 
 from moesim.cli import output
 from moesim.cli.validate_end_to_end import end_to_end
+from moesim.cli.validate_offload import offload
 from moesim.cli.validate_offload_rows import offload_rows
 from moesim.errors import SimulationError
 
@@ -23,6 +24,7 @@ COLUMNS = ("group", "rows", "median %", "mean %", "p90 %", "bias %", "within 10 
 
 app = typer.Typer(no_args_is_help=True, help="Predicted against measured.")
 app.command("end-to-end")(end_to_end)
+app.command("offload")(offload)
 app.command("offload-rows")(offload_rows)
 
 
