@@ -87,6 +87,7 @@ def cases(draw: st.DrawFn) -> tuple[LayerSteps, OffloadPolicy, Predictions | Non
         units_low=low,
         high_share=draw(st.sampled_from([1.0, 0.5])) if low else 1.0,
         nested=draw(st.booleans()),
+        keep_expected=draw(st.booleans()),
     )
     predicted = None
     if draw(st.booleans()):
