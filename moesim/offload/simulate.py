@@ -15,12 +15,8 @@ import numpy.typing as npt
 
 from moesim import engine
 from moesim.errors import SimulationError
-from moesim.lower.offload import (
-    LOADED_EXPERT,
-    Extras,
-    OffloadProgram,
-    offload_program,
-)
+from moesim.lower.offload import Extras, OffloadProgram, offload_program
+from moesim.lower.offload_kernel import LOADED_EXPERT
 from moesim.offload.built_in import decide_built_in
 from moesim.offload.decisions import LOW, ON_CPU, PREFETCH, SKIPPED, Decisions
 from moesim.offload.drive import cold_reads

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from hwmodels.box import Box, load_box
 from hwmodels.host_costs import HostEfficiency, host_efficiency
-from moesim.lower import offload
+from moesim.lower import offload_kernel
 from moesim.lower.offload import Extras
 from moesim.offload.built_in import decide_built_in
 from moesim.offload.policy import OffloadPolicy
@@ -161,7 +161,7 @@ def steady_layer_s(times: LayerTimes) -> float:
     )
     decided = decide_built_in(work, ON_CPU)
     part, timeline = timeline_of(work, decided, priced, 0, Extras(deferred=times.d))
-    gate_s = timeline.end_s[part.kind == offload.DENSE]
+    gate_s = timeline.end_s[part.kind == offload_kernel.DENSE]
     return float(gate_s[-4] - gate_s[-54]) / 50
 
 

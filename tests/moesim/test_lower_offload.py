@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hwmodels.box import Box, load_box
 from hwmodels.device import Link
 from moesim import engine
-from moesim.lower import offload
+from moesim.lower import offload_kernel
 from moesim.lower.offload import Extras, OffloadProgram, offload_program
 from moesim.offload.decisions import (
     DEMAND,
@@ -313,7 +313,7 @@ def test_devices_with_layers_in_a_row_take_turns_and_have_copy_engines_of_their_
     # one engine: 19 (above); two: both copies 2 to 10, layer 1's gate at 13, expert until 14
     assert ends_of(steps, loads, priced=two) == [14.0]
     part, timeline = clocked(steps, loads, priced=two)
-    dense = kinds(part, offload.DENSE)
+    dense = kinds(part, offload_kernel.DENSE)
     assert part.program.stream[dense].tolist() == [0, 1]
     assert timeline.start_s[dense[1]] == 11.0
 
@@ -392,10 +392,10 @@ def test_bytes_drawn_are_those_of_loads_reads_and_experts_on_the_cpu(seed: int) 
     assert extras.load_cold is not None
     assert extras.cpu_cold is not None
     n_cold = extras.load_cold.sum() + (extras.cpu_cold & (decided.place == ON_CPU)).sum()
-    assert drawn[offload.COPY] == (len(decided.loads.kind) - ahead) * EXPERT_BYTES
-    assert drawn[offload.COPY_AHEAD] == ahead * EXPERT_BYTES
-    assert drawn[offload.CPU_EXPERTS] == n_cpu * EXPERT_BYTES
-    assert drawn[offload.READ] == n_cold * EXPERT_BYTES
+    assert drawn[offload_kernel.COPY] == (len(decided.loads.kind) - ahead) * EXPERT_BYTES
+    assert drawn[offload_kernel.COPY_AHEAD] == ahead * EXPERT_BYTES
+    assert drawn[offload_kernel.CPU_EXPERTS] == n_cpu * EXPERT_BYTES
+    assert drawn[offload_kernel.READ] == n_cold * EXPERT_BYTES
 
 
 @settings(max_examples=60, deadline=None)
@@ -493,7 +493,7 @@ def test_tasks_fit_the_arrays_and_every_pass_ends_with_its_head(seed: int) -> No
     work, decided = random_run(seed)
     extras = cold_at_random(work, decided, seed)
     part = program_of(work, decided, prices(6, box(drive=2.0)), extras)
-    heads = kinds(part, offload.HEAD)
+    heads = kinds(part, offload_kernel.HEAD)
     assert part.pass_end.tolist() == heads.tolist()
     timeline = engine.run(part.program)
     end = timeline.end_s[heads]
