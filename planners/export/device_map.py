@@ -24,8 +24,9 @@ from planners.export.projection import (
     only_device,
     refuse_kinds,
     whole_layers,
+    with_slots_filled,
 )
-from planners.export.record import Export, plan_notes, sidecar_of, write_sidecar
+from planners.export.record import Export, filled_note, plan_notes, sidecar_of, write_sidecar
 from planners.residency_file import ResidencyFile
 from traces.files import write_text
 
@@ -119,6 +120,7 @@ def write(
     raises          PlanError when model and plan differ, for several device tiers or PIM, and
                     when whole layers fit no tier
     """
+    planned, plan = plan, with_slots_filled(plan)
     held = experts(plan)
     only_device(plan, ENGINE)
     refuse_kinds(plan, held, ENGINE, "pim")
@@ -137,11 +139,11 @@ def write(
         program=_program(file, places, offload_folder),
         flags=(),
         loss=loss,
-        notes=(*_notes(plan, held, tier, granularity), *plan_notes(plan)),
+        notes=(*_notes(plan, held, tier, granularity), *plan_notes(planned), *filled_note(planned)),
         granularity=granularity,
     )
     write_text(file, json.dumps(places, indent=1) + "\n")
-    write_sidecar(plan, export)
+    write_sidecar(planned, export)
     return export
 
 

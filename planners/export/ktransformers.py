@@ -22,8 +22,9 @@ from planners.export.projection import (
     need_attention_on_device,
     need_host_room,
     refuse_kinds,
+    with_slots_filled,
 )
-from planners.export.record import Export, plan_notes, sidecar_of, write_sidecar
+from planners.export.record import Export, filled_note, plan_notes, sidecar_of, write_sidecar
 from planners.export.torch_file import write_tensor
 from planners.residency_file import ResidencyFile
 
@@ -98,6 +99,7 @@ def write(plan: ResidencyFile, file: Path) -> Export:
     """
     if file.suffix != ".pt":
         raise PlanError(f"{file}: KTransformers reads counts by their ending; expected .pt")
+    planned, plan = plan, with_slots_filled(plan)
     held = experts(plan)
     refuse_kinds(plan, held, ENGINE, "pim")
     need_attention_on_device(plan, ENGINE)
@@ -111,10 +113,10 @@ def write(plan: ResidencyFile, file: Path) -> Export:
         program="python -m sglang.launch_server --model-path MODEL",
         flags=launch_flags(file, ratio),
         loss=loss_of(plan, held, held.on_device),
-        notes=(*_notes(rule), *plan_notes(plan)),
+        notes=(*_notes(rule), *plan_notes(planned), *filled_note(planned)),
     )
     write_tensor(file, "logical_count", table)
-    write_sidecar(plan, export)
+    write_sidecar(planned, export)
     return export
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from planners.errors import PlanError
-from planners.residency_file import ResidencyFile
+from planners.residency_file import CacheEntry, ResidencyFile
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
@@ -83,6 +83,34 @@ def experts(plan: ResidencyFile) -> Experts:
         on_device=kinds[tier],
         unknown=int((total <= 0).sum()),
     )
+
+
+def with_slots_filled(plan: ResidencyFile) -> ResidencyFile:
+    """The plan for an engine without a cache: free slots hold the most used experts for good.
+
+    Slots of a layer (or of all, in a global cache) take the experts outside the first tier with the
+    largest loads; of equals the earlier ones. The tier's bytes stay as planned.
+    """
+    slots = plan.cache.slots
+    if not sum(slots):
+        return plan
+    held = experts(plan)
+    free = np.where(held.tier == 0, -1.0, held.share)
+    chosen = np.zeros(free.shape, dtype=np.bool_)
+    if plan.cache.scope == "global":
+        chosen.reshape(-1)[np.argsort(-free, axis=None, kind="stable")[: sum(slots)]] = True
+    else:
+        for row, count in enumerate(slots):
+            chosen[row, np.argsort(-free[row], kind="stable")[:count]] = True
+    tier = np.where(chosen, 0, held.tier)
+    rows = {layer: row for row, layer in enumerate(plan.moe_layers)}
+    layers = [
+        layer.model_copy(update={"expert_tier": tier[rows[layer.layer]].tolist()})
+        if layer.layer in rows
+        else layer
+        for layer in plan.layers
+    ]
+    return plan.model_copy(update={"layers": layers, "cache": CacheEntry()})
 
 
 def cache_bytes(plan: ResidencyFile, held: Experts) -> int:

@@ -72,3 +72,9 @@ def plan_notes(plan: ResidencyFile, *, keeps_cache: bool = False) -> tuple[str, 
             " planned share counts pinned experts only"
         )
     return tuple(notes)
+
+
+def filled_note(plan: ResidencyFile) -> tuple[str, ...]:
+    """What became of a cache's slots for an engine that places experts for good."""
+    n_slots = sum(plan.cache.slots)
+    return (f"{n_slots} slots of the cache hold the most used experts for good",) if n_slots else ()

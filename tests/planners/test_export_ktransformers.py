@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 
 from planners.errors import PlanError
 from planners.export import ktransformers, torch_file
-from planners.export.projection import experts
+from planners.export.projection import experts, with_slots_filled
 from planners.residency_file import CacheEntry, ResidencyFile
 from tests.planners.export_case import functions_of, plan_of, plans, wheel
 
@@ -51,7 +51,7 @@ def test_the_fork_picks_exactly_the_plans_experts_on_every_layer(
     written = ktransformers.write(plan, tmp_path / "counts.pt")
     dense = plan.moe_layers[0]
     masks = picked_by_the_fork(written.file, _ratio(written.flags), dense)
-    assert (masks[dense:] == experts(plan).on_device).all()
+    assert (masks[dense:] == experts(with_slots_filled(plan)).on_device).all()
     assert written.loss.lost_share == 0
 
 
@@ -62,6 +62,14 @@ def test_none_some_and_all_experts_can_be_on_the_device(pinned: int, tmp_path: P
     assert _ratio(written.flags) <= 1
     masks = picked_by_the_fork(written.file, _ratio(written.flags), 1)
     assert masks[1:].sum() == pinned
+
+
+def test_slots_of_a_cache_the_fork_does_not_have_hold_the_most_used_experts() -> None:
+    tier = np.array([[0, 1, 1, 1], [1, 1, 1, 0]])
+    load = np.array([[0.1, 0.2, 0.3, 0.4], [0.5, 0.3, 0.1, 0.1]])
+    plan = plan_of(tier, cache=CacheEntry(slots=[2, 1], policy="lru"), load=load)
+    filled = experts(with_slots_filled(plan)).on_device
+    assert filled.tolist() == [[True, False, True, True], [True, False, False, True]]
 
 
 def test_the_number_survives_the_ratio_at_any_real_size() -> None:
@@ -80,7 +88,9 @@ def test_the_forks_own_code_picks_them_too(plan: ResidencyFile, tmp_path: Path) 
     written = ktransformers.write(plan, tmp_path / "counts.pt")
     masks = _fork_masks(plan, written.file, written.flags)
     assert masks.shape == (len(plan.layers), plan.n_experts)
-    assert (masks[list(plan.moe_layers)].numpy() == experts(plan).on_device).all()
+    assert (
+        masks[list(plan.moe_layers)].numpy() == experts(with_slots_filled(plan)).on_device
+    ).all()
 
 
 def _fork_masks(plan: ResidencyFile, file: Path, flags: tuple[str, ...]) -> torch.Tensor:

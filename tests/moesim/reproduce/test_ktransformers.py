@@ -47,7 +47,7 @@ def test_the_printed_form_is_exact_where_deferred_experts_cover_attention(
     before: float, after: float, expert: float, d: int
 ) -> None:
     times = LayerTimes(before, after, expert, d=d)
-    assert times.closed_form() >= times.printed_form()
+    assert times.closed_form() >= times.printed_form() * (1 - 1e-12)
     if d * expert >= before:
         assert times.closed_form() == pytest.approx(times.printed_form())
 
