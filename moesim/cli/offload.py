@@ -14,6 +14,9 @@ from moesim.cli.residency import box_of
 from moesim.errors import SimulationError
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
     from hwmodels.box import Box
     from moesim.offload.memory import Footprint
     from moesim.offload.policy import OffloadPolicy
@@ -27,7 +30,14 @@ COLUMNS = (
     *("cache", "prefetch", "on miss", "tokens/s", "hit rate", "MB/token", "stall ms/token"),
     *("ahead used", "on CPU", "J/token", "device GB"),
 )
-_MISSES = {"load": "load", "cpu": "cpu", "split": "hss", "threshold": "threshold", "skip": "skip"}
+_MISSES = {
+    "load": "load",
+    "load-low": "load_low",
+    "cpu": "cpu",
+    "split": "hss",
+    "threshold": "threshold",
+    "skip": "skip",
+}
 _PLANNED = {"load": "load", "cpu": "cpu", "split": "hss"}
 
 
@@ -59,6 +69,10 @@ class Wish:
     seed: int = 0
     pim: str = ""
     pim_stacks: int = 5
+    shallow: int = 0
+    low_bits: float = 0.0
+    high_share: float = 1.0
+    nested: bool = False
 
 
 def offload(
@@ -70,10 +84,14 @@ def offload(
     ] = "lru",
     prefetch: Annotated[str, typer.Option(help="Predictors by name, with commas.")] = "none",
     on_miss: Annotated[
-        str, typer.Option(help="load, cpu, split, threshold or skip [split with a CPU].")
+        str,
+        typer.Option(help="load, load-low, cpu, split, threshold or skip [split with a CPU]."),
     ] = "",
     slots: Annotated[
         int, typer.Option(min=0, help="Experts of every layer on the device; else what fits.")
+    ] = 0,
+    shallow: Annotated[
+        int, typer.Option(min=0, help="First layers that hold all experts; the rest share.")
     ] = 0,
     device_memory: Annotated[
         str, typer.Option(help='What may be used of it, such as "20 GiB"; else all.')
@@ -81,6 +99,15 @@ def offload(
     host_memory: Annotated[str, typer.Option(help="For experts; else the system's.")] = "",
     drive: Annotated[str, typer.Option(help="Drive under host memory, such as nvme-gen4.")] = "",
     bits: Annotated[float, typer.Option(help="Bits per expert weight, scales included.")] = 16.0,
+    low_bits: Annotated[float, typer.Option(help="Bits of a second, low-bit copy; 0: none.")] = 0.0,
+    high_share: Annotated[
+        float,
+        typer.Option(max=1.0, help="Share of gate weight served at full bits, the rest at low."),
+    ] = 1.0,
+    nested: Annotated[
+        bool,
+        typer.Option("--nested", help="Low bits are part of full ones."),
+    ] = False,
     dense_bits: Annotated[float, typer.Option(help="Bits per weight of everything else.")] = 16.0,
     gpus: Annotated[int, typer.Option(min=0, help="Devices in use; 0 for all of a node.")] = 0,
     split: Annotated[str, typer.Option(help="tensor or layers: how devices share.")] = "tensor",
@@ -112,7 +139,8 @@ def offload(
         on_miss=on_miss, slots=slots, device_memory=device_memory, host_memory=host_memory,
         drive=drive, bits=bits, dense_bits=dense_bits, gpus=gpus, split=split, recall=recall,
         budget=budget, distance=distance, batch=batch, phase=phase, kv_tokens=kv_tokens,
-        tokens=tokens, seed=seed, pim=pim, pim_stacks=pim_stacks,
+        tokens=tokens, seed=seed, pim=pim, pim_stacks=pim_stacks, shallow=shallow,
+        low_bits=low_bits, high_share=high_share, nested=nested,
     )  # fmt: skip
     document = run_wish(wish, timeline)
     if as_json:
@@ -177,7 +205,7 @@ def _case(wish: Wish, plan: ResidencyFile | None) -> _Case:
     box = box_of(wish.system, wish.drive, wish.host_memory)
     if wish.gpus:
         box = replace(box, n_devices=wish.gpus)
-    form = Weights(wish.bits, 0.0, wish.dense_bits, wish.split)
+    form = Weights(wish.bits, wish.low_bits, wish.dense_bits, wish.split)
     phase = wish.phase or phase_of(routing, wish.trace)
     passes = forward_passes(routing, wish.batch, phase, seed=wish.seed)  # type: ignore[arg-type]
     work = layer_steps(routing, passes)
@@ -192,20 +220,39 @@ def _policy(wish: Wish, box: Box, work: LayerSteps, foot: Footprint) -> OffloadP
     import numpy as np
 
     from moesim.offload.policy import OffloadPolicy
+    from moesim.offload.prices import Weights, units_of
 
     wanted = wish.on_miss or ("split" if box.host is not None else "load")
     if wanted not in _MISSES:
         raise SimulationError(f"--on-miss {wanted!r}: expected {', '.join(_MISSES)}")
-    slots = wish.slots or _slots_that_fit(wish, box, work, foot)
-    slots = min(slots, work.n_experts)
-    warm = np.zeros((work.n_layers, work.n_experts), np.bool_)
-    warm[:, :slots] = True
+    low, high = units_of(Weights(wish.bits, wish.low_bits))
+    in_layer = _slots_by_layer(wish, box, work, foot)
+    warm = np.arange(work.n_experts)[None, :] < in_layer[:, None]
     return OffloadPolicy(
-        slots=np.full(work.n_layers, slots, np.int64),
+        slots=in_layer * high,
         warm=warm.reshape(-1),
         on_miss=_MISSES[wanted],
         budget=wish.budget,
+        units_high=high,
+        units_low=low,
+        high_share=wish.high_share,
+        nested=wish.nested,
     )
+
+
+def _slots_by_layer(
+    wish: Wish, box: Box, work: LayerSteps, foot: Footprint
+) -> npt.NDArray[np.int64]:
+    """int64[n_layers]: full copies that every layer has room for."""
+    import numpy as np
+
+    from planners.slot_split import shallow_first
+
+    slots = min(wish.slots or _slots_that_fit(wish, box, work, foot), work.n_experts)
+    if not wish.shallow:
+        return np.full(work.n_layers, slots, np.int64)
+    total = slots * work.n_layers
+    return shallow_first(total, work.n_layers, work.n_experts, wish.shallow)
 
 
 def _slots_that_fit(wish: Wish, box: Box, work: LayerSteps, foot: Footprint) -> int:

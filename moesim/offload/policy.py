@@ -70,7 +70,7 @@ class OffloadPolicy:
                 f" horizon={self.horizon} >= 1"
             )
         if (self.on_miss == "load_low" or self.high_share < 1) and not self.units_low:
-            raise SimulationError("units_low=0: low-bit copies need a size above 0")
+            raise SimulationError("units_low=0: low-bit copies need a size; give their bits")
         if not 0 <= self.units_low < self.units_high:
             raise SimulationError(
                 f"units_low={self.units_low} must be in 0..units_high - 1 = {self.units_high - 1}"

@@ -79,6 +79,23 @@ def test_a_pass_can_be_looked_at_in_a_trace_viewer(tmp_path: Path) -> None:
     assert {"dense part", "load", "head"} <= names
 
 
+def test_low_bit_copies_shallow_slots_and_pim_can_be_tried() -> None:
+    def tried(*flags: object) -> dict:
+        ran = moesim("offload", "bundled", "--system", "h100", "--tokens", 400, "--slots", 10,
+                     "--bits", 4, "--json", *flags)  # fmt: skip
+        assert ran.code == 0, ran.err
+        return ran.json()["trials"][0]
+
+    plain = tried()
+    nested = tried("--low-bits", 2, "--high-share", 0.7, "--nested")
+    assert 0 < nested["low_bits_share"] < 1
+    assert nested["bytes_per_token"] < plain["bytes_per_token"]
+    shallow = tried("--shallow", 1)
+    assert shallow["hit_rate"] != plain["hit_rate"]
+    assert shallow["device_bytes"] <= plain["device_bytes"]
+    assert tried("--pim", "duplex-logic-pim")["pim_share"] > 0
+
+
 def test_what_cannot_be_tried_is_refused_in_one_line(tmp_path: Path) -> None:
     on_box = ("offload", "bundled", "--system", BOX, "--tokens", 50)
     refused(moesim(*on_box, "--slots", 3, "--on-miss", "load"), "top_k=4", "slots")
