@@ -186,11 +186,15 @@ class _Case:
 
     def try_out(self, trial: Trial) -> tuple[Any, dict[str, Any]]:
         """One trial on the case's tokens."""
-        from moesim.offload.trial import try_out
+        from moesim.offload.trial import hit_rates_by_convention, try_out
 
         passes = self.work.passes
         request = self.routing.request[passes.rows[passes.start[:-1]]]
-        return try_out(trial, self.model, self.prices, self.work, self.foot, request)
+        decided, figures = try_out(trial, self.model, self.prices, self.work, self.foot, request)
+        if self.wish.batch == 1:
+            routing = self.routing.rows(passes.rows)
+            figures["hit_rate_by_convention"] = hit_rates_by_convention(trial, routing)
+        return decided, figures
 
 
 def _case(wish: Wish, plan: ResidencyFile | None) -> _Case:

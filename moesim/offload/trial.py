@@ -29,6 +29,8 @@ from moesim.policies import prefetch as predictors
 from moesim.policies.prefetch import Predictions
 from traces.layer_steps import LayerSteps
 from traces.model import ModelSpec
+from traces.replay import CONVENTIONS, POLICIES, replay_trace
+from traces.routing import RoutingTrace
 
 PREFETCHES = ("none", "next-gate", "previous-token", "transitions", "popularity", "activation-map")
 
@@ -191,3 +193,21 @@ def _useful(result: OffloadResult) -> float | None:
 def _mean(by_layer: npt.NDArray[np.float64]) -> float:
     known = by_layer[np.isfinite(by_layer)]
     return float(known.mean()) if len(known) else float("nan")
+
+
+def hit_rates_by_convention(trial: Trial, routing: RoutingTrace) -> dict[str, float]:
+    """Hit rate of the same cache in timeless replay, by each lookup convention of published work.
+
+    For caches that replay knows, with equal slots in every layer; empty for others. The simulated
+    loop's own rate differs: it looks all experts of a token up at once and spares them.
+    """
+    policy = trial.policy
+    slots = policy.capacity(routing.n_layers) // policy.units_high
+    known = trial.cache in POLICIES and policy.pinned is None and bool((slots == slots[0]).all())
+    if not known or slots[0] < 1 or trial.prefetch != "none":
+        return {}
+    scope = "per_layer" if len(slots) > 1 else "global"
+    return {
+        convention: replay_trace(routing, int(slots[0]), trial.cache, convention, scope).hit_rate
+        for convention in CONVENTIONS
+    }

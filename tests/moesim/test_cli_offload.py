@@ -40,6 +40,10 @@ def test_policies_are_tried_side_by_side_on_the_same_tokens() -> None:
     assert trials["belady", "none"]["hit_rate"] > trials["lru", "none"]["hit_rate"]
     assert trials["lru", "next-gate"]["loads_ahead_per_token"] > 0
     assert 0.5 < trials["lru", "next-gate"]["recall"] < 1
+    by_convention = trials["lru", "none"]["hit_rate_by_convention"]
+    assert set(by_convention) == {"token_batch_free_fill", "execution_order_cold_miss"}
+    # Looking a token's experts up at once, and sparing them, can only help against one by one.
+    assert by_convention["execution_order_cold_miss"] <= trials["lru", "none"]["hit_rate"] + 0.02
     for trial in trials.values():
         assert {"tokens_per_s", "bytes_per_token", "stall_s_per_token", "joules_per_token"} <= set(
             trial
