@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from moesim.placement_report import versions
-from moesim.residency_study import ResidencyOptions, ResidencyStudy
+from moesim.residency_candidates import ResidencyOptions
+from moesim.residency_study import ResidencyStudy
 from planners.residency_file import CacheEntry, ResidencyFile, ResidentLayer, TierEntry
 from traces.model import ModelSpec
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -21,20 +21,27 @@ from moesim.offload.built_in import decide_built_in
 from moesim.offload.drive import cold_reads
 from moesim.offload.energy import Joules, joules_of
 from moesim.offload.memory import (
-    DEFAULT_WORKSPACE_BYTES,
     Footprint,
     check_below,
     expert_room_bytes,
     footprint,
 )
 from moesim.offload.policy import OffloadPolicy
-from moesim.offload.prices import Prices, Weights, prices
+from moesim.offload.prices import Prices
 from moesim.offload.simulate import OffloadResult, run
-from moesim.policies.prefetch import Predictions, next_gate_recall, oracle
+from moesim.policies.prefetch import Predictions
+from moesim.residency_candidates import (
+    PlannedResidency,
+    ResidencyOptions,
+    Setting,
+    candidates,
+    planned_residency,
+    prices_of,
+)
 from planners.judge import Gain, Verdict, paired_gain, verdict
-from planners.residency import Needs, Residency, Tier, Uses, knee, plan_residency, split_slots
+from planners.residency import Residency, Tier, knee
 from traces.edit import split
-from traces.layer_steps import ForwardPasses, LayerSteps, PassPhase, forward_passes, layer_steps
+from traces.layer_steps import LayerSteps, forward_passes, layer_steps, part_of
 from traces.model import ModelSpec
 from traces.replay import CONVENTIONS, replay_trace
 from traces.reuse_distance import lru_hits
@@ -48,37 +55,6 @@ PIN_SHARES = (1.0, 0.75, 0.5, 0.25, 0.0)
 INCUMBENTS = ("lru_uniform", "lru_prefetch", "frequency_pinning", "whole_layers")
 ORACLES = ("belady", "hindsight_pinning")
 _RANDOM_MARGIN = 0.03
-
-
-@dataclass(frozen=True, slots=True)
-class ResidencyOptions:
-    """How to plan and judge.
-
-    kv_tokens        tokens held in the KV cache, over all requests that run
-    device_bytes     of device memory that may be used, 0 for all of it
-    workspace_bytes  of each device for activations and the runtime
-    on_miss          what happens to an expert that is not on the device (policy.ON_MISS)
-    current          what runs today: an incumbent's name, or "best" of them
-    least_gain       share of time a plan must save, at the low end of the error bar
-    recall           next-gate recall of the prefetching incumbent, None for what is published
-    most_tokens      of each part of the trace that are simulated
-    """
-
-    weights: Weights = field(default_factory=Weights)
-    batch_size: int = 1
-    phase: PassPhase = "decode"
-    kv_tokens: int = 4096
-    device_bytes: int = 0
-    workspace_bytes: int = DEFAULT_WORKSPACE_BYTES
-    on_miss: str = "load"
-    low_share: float = 0.0
-    pinned: Flags | None = None
-    current: str = "best"
-    least_gain: float = 0.01
-    recall: float | None = None
-    most_tokens: int = 20_000
-    share: float = 0.5
-    seed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,23 +122,6 @@ class ResidencyStudy:
     solve_seconds: float
 
 
-@dataclass(frozen=True, slots=True)
-class _Setting:
-    """What every candidate shares."""
-
-    model: ModelSpec
-    box: Box
-    options: ResidencyOptions
-    foot: Footprint
-    room: int
-
-    @property
-    def uniform_slots(self) -> int:
-        """Experts of every layer that fit the device when all layers get equally many."""
-        in_all = self.room // self.foot.expert_bytes
-        return int(min(in_all // self.model.n_moe_layers, self.model.n_experts))
-
-
 def residency_study(
     trace: RoutingTrace,
     model: ModelSpec,
@@ -185,28 +144,15 @@ def residency_study(
     parts = (trace, judge) if judge is not None else _halves(trace, options)
     planned, judged = (_work(part, options) for part in parts)
     foot = footprint(model, box, options.weights, options.kv_tokens, options.workspace_bytes)
-    setting = _Setting(
-        model, box, options, foot, expert_room_bytes(box, foot, options.device_bytes)
-    )
+    setting = Setting(model, box, options, foot, expert_room_bytes(box, foot, options.device_bytes))
     tell("planning")
     started = time.perf_counter()
     share = _best_share(setting, planned)
-    plan = _planned(setting, planned, share)
+    plan = planned_residency(setting, planned, share)
     solve_seconds = time.perf_counter() - started
     outcomes, left_out = _simulate_all(setting, planned, judged, plan, tell)
     found = _study(setting, (planned, judged), plan, (outcomes, left_out), solve_seconds)
     return replace(found, lru_hits=_by_convention(parts[1], setting, options))
-
-
-@dataclass(frozen=True, slots=True)
-class _Plan:
-    residency: Residency
-    tiers: tuple[Tier, ...]
-    share: float
-    slots: Longs
-    pinned: Flags
-    activations: Doubles
-    policy: OffloadPolicy
 
 
 def _halves(trace: RoutingTrace, options: ResidencyOptions) -> tuple[RoutingTrace, RoutingTrace]:
@@ -220,23 +166,17 @@ def _work(trace: RoutingTrace, options: ResidencyOptions) -> LayerSteps:
     return layer_steps(part, passes)
 
 
-def _activations(work: LayerSteps) -> Doubles:
-    """float64[layers, experts]: share of passes that use each expert."""
-    used = np.bincount(work.objects(), minlength=work.n_objects).astype(np.float64)
-    return (used / max(1, work.passes.n_passes)).reshape(work.n_layers, -1)
-
-
-def _best_share(setting: _Setting, planned: LayerSteps) -> float:
+def _best_share(setting: Setting, planned: LayerSteps) -> float:
     """The share of the expert room for pins that is fastest on tokens it was not planned on."""
     cut = planned.passes.n_passes // 2
     if cut < 1:
         return 1.0
     first, second = part_of(planned, 0, cut), part_of(planned, cut, planned.passes.n_passes)
-    priced = _prices(setting, second)
+    priced = prices_of(setting, second)
     speed: dict[float, float] = {}
     for share in PIN_SHARES:
         try:
-            plan = _planned(setting, first, share)
+            plan = planned_residency(setting, first, share)
             speed[share] = _run(setting, second, priced, plan.policy, None)[0].tokens_per_s
         except SimulationError:
             continue
@@ -248,127 +188,8 @@ def _best_share(setting: _Setting, planned: LayerSteps) -> float:
     return max(speed, key=lambda share: (speed[share], share))
 
 
-def _planned(setting: _Setting, work: LayerSteps, share: float) -> _Plan:
-    """Pins by the knapsack in a share of the expert room, an LRU cache in the rest."""
-    activations = _activations(work)
-    tiers = _tiers(setting, share)
-    found = plan_residency(_needs(setting, activations), tiers, _uses(setting, work))
-    pinned = (found.expert_tier == 0).reshape(-1)
-    n_slots = int((setting.room - int(share * setting.room)) // setting.foot.expert_bytes)
-    slots = np.zeros(work.n_layers, np.int64)
-    if share < 1:
-        if n_slots < work.top_k * work.n_layers and setting.options.on_miss == "load":
-            raise SimulationError(f"{n_slots} slots are fewer than one token's experts")
-        least = work.top_k if n_slots >= work.top_k * work.n_layers else 0
-        slots = split_slots(lru_hits(without(work, pinned)), n_slots, least)
-    policy = _policy(setting, slots, pinned, activations)
-    return _Plan(found, tiers, share, slots, pinned, activations, policy)
-
-
-def _tiers(setting: _Setting, share: float) -> tuple[Tier, ...]:
-    box, foot = setting.box, setting.foot
-    device = foot.dense_bytes + foot.all_kv_bytes + int(share * setting.room)
-    tiers = [Tier("device memory", "device", device)]
-    tiers.append(Tier("host memory", "host", box.host_bytes))
-    if box.drive is not None:
-        tiers.append(Tier(box.drive.name, "disk", 1 << 50))
-    return tuple(tiers)
-
-
-def _needs(setting: _Setting, activations: Doubles) -> Needs:
-    foot, options = setting.foot, setting.options
-    form = options.weights
-    bits: tuple[float, ...] = (form.expert_bits,)
-    if form.low_bits and options.low_share:
-        bits = (form.expert_bits, form.low_bits)
-    sizes = tuple(int(foot.expert_bytes * width / form.expert_bits) for width in bits)
-    return Needs(
-        activations=activations,
-        expert_bits=bits,
-        expert_bytes=sizes,
-        attention_bytes=foot.attention_bytes,
-        kv_bytes=foot.kv_bytes,
-        n_layers=foot.n_layers,
-        n_kv_layers=foot.n_kv_layers,
-        fixed_bytes=foot.fixed_bytes,
-        low_share=options.low_share,
-        pinned=options.pinned,
-    )
-
-
-def _uses(setting: _Setting, work: LayerSteps) -> Uses:
-    """Seconds of one use in every tier, by the prices of the box and the rule for misses."""
-    box, foot, on_miss = setting.box, setting.foot, setting.options.on_miss
-    priced = _prices(setting, work)
-    times = priced.unit_times()
-    tokens = int(round(float(work.tokens.mean()))) if len(work.tokens) else 1
-    on_device, on_cpu = times.gpu_s[tokens], times.cpu_s[tokens] + times.cpu_start_s
-    loaded = times.load_s + on_device
-    below = {"load": loaded, "load_low": loaded, "cpu": on_cpu}.get(on_miss, min(loaded, on_cpu))
-    copy_rate = box.copy_bytes_per_s * priced.links
-    seconds = [on_device, below]
-    if box.drive is not None:
-        rate = box.drive.bytes_per_s * box.efficiency.drive_share
-        seconds.append(below + box.drive.latency_s + foot.expert_bytes / rate)
-    n_tiers = len(seconds)
-    n_bits = 2 if setting.options.weights.low_bits and setting.options.low_share else 1
-    moved = np.full(n_tiers, np.inf)
-    moved[:2] = 0.0, foot.attention_bytes / copy_rate
-    kv = np.full(n_tiers, np.inf)
-    kv[:2] = 0.0, foot.kv_bytes / copy_rate
-    return Uses(np.tile(np.array(seconds), (n_bits, 1)), moved, kv)
-
-
-def _policy(setting: _Setting, slots: Longs, pinned: Flags, activations: Doubles) -> OffloadPolicy:
-    """Pins and an LRU cache that starts with the most used of what is not pinned."""
-    rest = np.where(pinned.reshape(activations.shape), -1.0, activations)
-    order = np.argsort(-rest, axis=1, kind="stable")
-    warm = np.zeros(activations.shape, np.bool_)
-    for layer, count in enumerate(slots.tolist()):
-        chosen = order[layer, :count]
-        warm[layer, chosen[rest[layer, chosen] >= 0]] = True
-    on_miss = setting.options.on_miss
-    return OffloadPolicy("lru", slots, pinned, warm.reshape(-1), on_miss)
-
-
-def without(work: LayerSteps, pinned: Flags) -> LayerSteps:
-    """The layer-steps without requests for pinned experts."""
-    kept = ~pinned[work.objects()]
-    per_step = np.add.reduceat(kept, work.start[:-1]) if len(kept) else np.zeros(0, np.int64)
-    per_step = np.where(np.diff(work.start) > 0, per_step, 0)
-    start = np.concatenate([[0], np.cumsum(per_step)]).astype(np.int64)
-    return replace(work, start=start, expert=work.expert[kept], tokens=work.tokens[kept], gate=None)
-
-
-def part_of(work: LayerSteps, first: int, end: int) -> LayerSteps:
-    """Forward passes first..end, exclusive."""
-    steps = slice(first * work.n_layers, end * work.n_layers + 1)
-    start = work.start[steps]
-    cells = slice(int(start[0]), int(start[-1]))
-    passes = work.passes
-    rows = slice(int(passes.start[first]), int(passes.start[end]))
-    return replace(
-        work,
-        start=start - start[0],
-        expert=work.expert[cells],
-        tokens=work.tokens[cells],
-        gate=None if work.gate is None else work.gate[cells],
-        passes=ForwardPasses(
-            passes.rows[rows],
-            passes.start[first : end + 1] - passes.start[first],
-            passes.phase[first:end],
-            passes.context[first:end],
-            passes.requests[first:end],
-        ),
-    )
-
-
-def _prices(setting: _Setting, work: LayerSteps) -> Prices:
-    return prices(setting.model, setting.box, work, setting.options.weights)
-
-
 def _run(
-    setting: _Setting,
+    setting: Setting,
     work: LayerSteps,
     priced: Prices,
     policy: OffloadPolicy,
@@ -385,17 +206,17 @@ def _run(
 
 
 def _simulate_all(
-    setting: _Setting,
+    setting: Setting,
     planned: LayerSteps,
     judged: LayerSteps,
-    plan: _Plan,
+    plan: PlannedResidency,
     tell: Callable[[str], None],
 ) -> tuple[dict[str, Outcome], dict[str, str]]:
     """Every candidate on the unseen tokens."""
-    priced = _prices(setting, judged)
+    priced = prices_of(setting, judged)
     outcomes: dict[str, Outcome] = {}
     left_out: dict[str, str] = {}
-    for name, make in _candidates(setting, planned, judged, plan).items():
+    for name, make in candidates(setting, planned, judged, plan).items():
         tell(name)
         try:
             policy, predicted = make()
@@ -409,54 +230,7 @@ def _simulate_all(
     return outcomes, left_out
 
 
-def _candidates(
-    setting: _Setting, planned: LayerSteps, judged: LayerSteps, plan: _Plan
-) -> dict[str, Callable[[], tuple[OffloadPolicy, Predictions | None]]]:
-    """What is compared: the plan, what engines do without one, and oracles that none can run."""
-    options, n_layers = setting.options, judged.n_layers
-    per_layer = np.full(n_layers, setting.uniform_slots, np.int64)
-    nothing = np.zeros(judged.n_objects, np.bool_)
-    recall: float | Doubles = next_gate_recall(setting.model.name, n_layers)
-    if options.recall is not None:
-        recall = options.recall
-    uniform = _policy(setting, per_layer, nothing, np.zeros(plan.activations.shape))
-    no_slots = np.zeros(n_layers, np.int64)
-
-    def static(pinned: Flags) -> OffloadPolicy:
-        return _policy(setting, no_slots, pinned.reshape(-1), plan.activations)
-
-    return {
-        "plan": lambda: (plan.policy, None),
-        "lru_uniform": lambda: (uniform, None),
-        "lru_prefetch": lambda: (
-            replace(uniform, budget=1),
-            oracle(judged, recall, seed=options.seed),
-        ),
-        "frequency_pinning": lambda: (static(_top(plan.activations, setting.uniform_slots)), None),
-        "whole_layers": lambda: (static(_whole_layers(setting, n_layers)), None),
-        "belady": lambda: (replace(uniform, cache="belady"), None),
-        "hindsight_pinning": lambda: (static(_planned(setting, judged, 1.0).pinned), None),
-    }
-
-
-def _top(activations: Doubles, n: int) -> Flags:
-    """bool[layers, experts]: the n most used experts of every layer."""
-    order = np.argsort(-activations, axis=1, kind="stable")[:, :n]
-    marked = np.zeros(activations.shape, np.bool_)
-    np.put_along_axis(marked, order, True, axis=1)
-    return marked
-
-
-def _whole_layers(setting: _Setting, n_layers: int) -> Flags:
-    """bool[layers, experts]: all experts of the last layers that fit (llama.cpp's --n-cpu-moe)."""
-    layer_bytes = setting.foot.expert_bytes * setting.model.n_experts
-    n = min(n_layers, int(setting.room // layer_bytes))
-    marked = np.zeros((n_layers, setting.model.n_experts), np.bool_)
-    marked[n_layers - n :] = True
-    return marked
-
-
-def _device_bytes(setting: _Setting, policy: OffloadPolicy) -> int:
+def _device_bytes(setting: Setting, policy: OffloadPolicy) -> int:
     """Peak of device memory: dense weights, KV cache, slots and pins."""
     pinned = 0 if policy.pinned is None else int(policy.pinned.sum())
     experts = pinned + int(policy.capacity(setting.model.n_moe_layers).sum())
@@ -465,9 +239,9 @@ def _device_bytes(setting: _Setting, policy: OffloadPolicy) -> int:
 
 
 def _study(
-    setting: _Setting,
+    setting: Setting,
     parts: tuple[LayerSteps, LayerSteps],
-    plan: _Plan,
+    plan: PlannedResidency,
     tried: tuple[dict[str, Outcome], dict[str, str]],
     solve_seconds: float,
 ) -> ResidencyStudy:
@@ -510,7 +284,7 @@ def _study(
 
 
 def _by_convention(
-    judged: RoutingTrace, setting: _Setting, options: ResidencyOptions
+    judged: RoutingTrace, setting: Setting, options: ResidencyOptions
 ) -> dict[str, float]:
     """Hit rates of one LRU cache a layer, one token after the other, as each convention counts."""
     if not setting.uniform_slots:
@@ -545,7 +319,7 @@ def _by_request(
     return np.add.reduceat(theirs.pass_s, starts), np.add.reduceat(mine.pass_s, starts)
 
 
-def _why_not(setting: _Setting, outcomes: Mapping[str, Outcome], floor: float) -> str:
+def _why_not(setting: Setting, outcomes: Mapping[str, Outcome], floor: float) -> str:
     """Why no plan can help, from the working set; "" when one may."""
     if setting.uniform_slots >= setting.model.n_experts:
         return "all experts fit the device: there is nothing to plan"

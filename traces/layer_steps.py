@@ -7,7 +7,7 @@ layer-step: the unit in which experts are looked up, loaded and computed.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -179,6 +179,38 @@ def layer_steps(trace: RoutingTrace, passes: ForwardPasses) -> LayerSteps:
         passes=passes,
         n_missing=n_chosen - int(tokens.sum(dtype=np.int64)),
     )
+
+
+def part_of(work: LayerSteps, first: int, end: int) -> LayerSteps:
+    """Forward passes first..end, exclusive."""
+    steps = slice(first * work.n_layers, end * work.n_layers + 1)
+    start = work.start[steps]
+    cells = slice(int(start[0]), int(start[-1]))
+    passes = work.passes
+    rows = slice(int(passes.start[first]), int(passes.start[end]))
+    return replace(
+        work,
+        start=start - start[0],
+        expert=work.expert[cells],
+        tokens=work.tokens[cells],
+        gate=None if work.gate is None else work.gate[cells],
+        passes=ForwardPasses(
+            passes.rows[rows],
+            passes.start[first : end + 1] - passes.start[first],
+            passes.phase[first:end],
+            passes.context[first:end],
+            passes.requests[first:end],
+        ),
+    )
+
+
+def without(work: LayerSteps, pinned: npt.NDArray[np.bool_]) -> LayerSteps:
+    """The layer-steps without requests for pinned experts."""
+    kept = ~pinned[work.objects()]
+    per_step = np.add.reduceat(kept, work.start[:-1]) if len(kept) else np.zeros(0, np.int64)
+    per_step = np.where(np.diff(work.start) > 0, per_step, 0)
+    start = np.concatenate([[0], np.cumsum(per_step)]).astype(np.int64)
+    return replace(work, start=start, expert=work.expert[kept], tokens=work.tokens[kept], gate=None)
 
 
 def _one_token_each(trace: RoutingTrace, passes: ForwardPasses) -> LayerSteps:

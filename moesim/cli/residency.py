@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from hwmodels.box import Box
-    from moesim.residency_study import ResidencyOptions, ResidencyStudy
+    from moesim.residency_candidates import ResidencyOptions
+    from moesim.residency_study import ResidencyStudy
     from traces.model import ModelSpec
     from traces.routing import RoutingTrace
 
@@ -172,7 +173,7 @@ def _options(
     from hwmodels.units import parse
     from moesim.cli.inputs import phase_of
     from moesim.offload.prices import Weights
-    from moesim.residency_study import ResidencyOptions
+    from moesim.residency_candidates import ResidencyOptions
 
     wanted = request.on_miss or ("split" if box.host is not None else "load")
     if wanted not in _MISSES:

@@ -8,10 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moesim.residency_study import ResidencyOptions, part_of, residency_study, without
+from moesim.residency_candidates import ResidencyOptions
+from moesim.residency_study import residency_study
 from planners.residency_file import read_residency
 from tests.moesim.cli_case import moesim, refused
 from tests.moesim.offload.example import work_of
+from traces.layer_steps import part_of, without
 
 BOX = "rtx-4090-xeon-6454s"
 
