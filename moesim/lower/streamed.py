@@ -8,7 +8,7 @@ attention, copies and staging draw on it, and it is split fairly among requester
 CPU thread is one and every copy engine is one.
 
 A layer is like the next and a schedule goes on from the last layer to the first of the next step,
-so `iteration_time` runs few layers and extrapolates the steady time of one.
+so `iteration_time` runs layers until their time is steady and extrapolates.
 """
 
 from __future__ import annotations
@@ -360,18 +360,25 @@ class IterationTime:
     is_extrapolated: bool
 
 
-WARM_LAYERS = 4
-RUN_LAYERS = 8
+FIRST_LAYERS, MOST_LAYERS = 4, 128
+STEADY = 1e-3  # relative change of a layer's time, from one doubling to the next, that ends the run
 
 
 def iteration_time(
     schedule: Callable[[int], tuple[Program, Names]], n_layers: int
 ) -> IterationTime:
-    """One pass over n_layers in a long row of passes: (T(8) - T(4)) / 4 * n_layers.
+    """One pass over n_layers in a long row of passes: n_layers times the steady time of a layer.
 
+    The layers run are doubled, 4, 8, 16, ..., until (T(2n) - T(n)) / n is steady: a pipeline whose
+    parts are nearly in balance takes many layers to fill.
     schedule  the program of so many layers, such as `lambda n: cgopipe(step, box, n)`
     """
-    whole = run(schedule(RUN_LAYERS)[0]).makespan_s
-    warm = run(schedule(WARM_LAYERS)[0]).makespan_s
-    each = (whole - warm) / (RUN_LAYERS - WARM_LAYERS)
-    return IterationTime(each * n_layers, RUN_LAYERS, n_layers > RUN_LAYERS)
+    run_layers = FIRST_LAYERS
+    warm, each = run(schedule(run_layers)[0]).makespan_s, math.inf
+    while run_layers < MOST_LAYERS:
+        whole = run(schedule(2 * run_layers)[0]).makespan_s
+        before, each = each, (whole - warm) / run_layers
+        run_layers, warm = 2 * run_layers, whole
+        if abs(each - before) <= STEADY * each:
+            break
+    return IterationTime(each * n_layers, run_layers, n_layers > run_layers)

@@ -124,12 +124,19 @@ def test_a_step_takes_no_less_than_any_of_its_parts_and_no_more_than_all(
 
 @settings(max_examples=60, deadline=None)
 @given(st.one_of(cpu_steps, gpu_steps))
-def test_the_pipeline_is_never_much_slower_than_the_block_schedule(step: MicroStep) -> None:
+def test_the_pipeline_is_never_slower_than_the_block_schedule(step: MicroStep) -> None:
     roomy = replace(BOX, dram_bytes_per_s=1e15)
     pipe = iteration_time(lambda n: cgopipe(step, roomy, n), 8).seconds
     block = iteration_time(lambda n: zigzag(step, roomy, n), 8).seconds
-    # Filling the pipeline with one or two micro-batches costs up to 4 % (of 1,200 random steps).
-    assert pipe <= block * 1.1
+    assert pipe <= block * (1 + 1e-6)
+
+
+def test_a_pipeline_in_balance_is_run_until_it_is_steady() -> None:
+    # Eight layers were not enough here: the link catches up with the GPU for four of them.
+    step = MicroStep(1, 405430709.0, 0.0390625, 0.001, 1e-4, kv_bytes=303269708.0, down_bytes=1e3)
+    roomy = replace(BOX, dram_bytes_per_s=1e15)
+    found = iteration_time(lambda n: cgopipe(step, roomy, n), 8)
+    assert found.seconds == pytest.approx(8 * (step.before_s + step.scores_s + step.after_s))
 
 
 @settings(max_examples=40, deadline=None)
@@ -204,7 +211,7 @@ def test_extrapolated_layers_are_those_of_a_long_run() -> None:
     short = iteration_time(lambda n: cgopipe(step, BOX, n), 32)
     long = (makespan(cgopipe(step, BOX, 36)) - makespan(cgopipe(step, BOX, 4))) / 32 * 32
     assert short.is_extrapolated
-    assert short.n_run == 8
+    assert short.n_run == 16
     assert short.seconds == pytest.approx(long, rel=1e-3)
     closed = float(decode_layer(MIXTRAL, BOX, LENGTHS, StreamedPolicy(504, 36)).total_s) * 32
     assert closed <= short.seconds * 1.01
